@@ -1,0 +1,3 @@
+"""The backend between an application and HappyRobot's voice agents."""
+
+__version__ = "0.1.0"

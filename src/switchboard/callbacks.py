@@ -1,0 +1,75 @@
+"""`POST /api/webhooks/happyrobot`: what HappyRobot tells us."""
+
+import hmac
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Header, Request
+from pydantic import BaseModel, Field
+
+from switchboard import bodies
+from switchboard.database import Db
+from switchboard.errors import NotFound, Unauthorized, described
+from switchboard.happyrobot.payloads import CallbackIn, read_callback
+from switchboard.live.announcer import CurrentAnnouncer
+from switchboard.runs.ingest import Duplicate, Held, take
+from switchboard.settings import CurrentSettings
+
+router = APIRouter(tags=["callbacks"])
+
+
+class CallbackOut(BaseModel):
+    """The callback is committed."""
+
+    success: Literal[True]
+    duplicate: bool = Field(False, description="A copy of it had been taken before; absent otherwise.")
+
+
+async def _from_happyrobot(
+    settings: CurrentSettings,
+    x_api_key: Annotated[str, Header(description="`HAPPYROBOT_CALLBACK_KEY`, if one is set.")] = "",
+) -> None:
+    expected = settings.callback_key
+    if expected is None:
+        return
+    # Bytes, because compare_digest refuses text beyond ASCII.
+    if not hmac.compare_digest(x_api_key.encode(), expected.get_secret_value().encode()):
+        raise Unauthorized("Unauthorized")
+
+
+@router.post(
+    "/api/webhooks/happyrobot",
+    summary="Take a callback of HappyRobot",
+    responses=described(400, 401, 404, 413),
+    response_model_exclude_unset=True,
+    # The key is checked before a byte of the body is read.
+    dependencies=[Depends(_from_happyrobot)],
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": CallbackIn.model_json_schema()},
+                "application/cloudevents+json": {
+                    "schema": {"type": "object", "required": ["specversion", "id", "type", "data"]}
+                },
+            },
+        }
+    },
+)
+async def receive(
+    request: Request,
+    db: Db,
+    announcer: CurrentAnnouncer,
+    x_webhook_id: Annotated[str | None, Header(description="The same for every copy of a callback.")] = None,
+) -> CallbackOut:
+    """Appends the event to its run's timeline and moves the run. Answered once that is committed.
+
+    A callback of a run that is not known yet is answered 404 and kept: it is applied when the run becomes known.
+    """
+    raw = await bodies.read(request)
+    event = read_callback(bodies.parse(raw), raw, x_webhook_id)
+    [outcome] = await take(db, announcer, [event])
+    if isinstance(outcome, Held):
+        raise NotFound("Run not found")
+    if isinstance(outcome, Duplicate):
+        return CallbackOut(success=True, duplicate=True)
+    return CallbackOut(success=True)

@@ -1,0 +1,156 @@
+"""The `switchboard` command."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from typing import Annotated
+
+import typer
+import uvicorn
+from pydantic import SecretStr, ValidationError
+from uvicorn.supervisors import Multiprocess
+
+from switchboard import __version__, demo, local
+from switchboard import migrate as migrations
+from switchboard.embedded import EmbeddedUnavailable
+from switchboard.happyrobot.simulator import Faults, Simulator
+from switchboard.settings import Settings
+
+app = typer.Typer(
+    help="The backend between an application and HappyRobot's voice agents.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_LeaveWithStdin = Annotated[bool, typer.Option(hidden=True)]
+
+
+def main() -> None:
+    """Runs the command; what went wrong is a line, not a traceback."""
+    try:
+        app()
+    except (EmbeddedUnavailable, local.PortTaken, local.ChildFailed, demo.DemoFailed) as error:
+        sys.exit(f"switchboard: {error}")
+    except ValidationError as error:
+        complaints = [
+            f"  {'.'.join(map(str, complaint['loc'])).upper()}: {complaint['msg']}".replace("  : ", "  ")
+            for complaint in error.errors(include_url=False, include_input=False)
+        ]
+        sys.exit("\n".join(["switchboard: the settings do not fit together", *complaints]))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[  # noqa: ARG001  # its callback answers
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    # Ends a command in order, so that what it started beside itself is stopped, too.
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: sys.exit(0))
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = local.LOOPBACK,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on, 0 for any free one.", show_default="$PORT or 8000")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that serve.")] = 1,
+    migrate: Annotated[bool, typer.Option(help="Bring the database to the newest schema first.")] = True,
+    leave_with_stdin: _LeaveWithStdin = False,
+) -> None:
+    """Run the service. In development, what the environment does not name is started beside it."""
+    if leave_with_stdin:
+        local.leave_with_stdin()
+    settings = Settings()
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(local.listening(host, settings.port if port is None else port))
+        port = listener.getsockname()[1]
+        stack.enter_context(local.environment(PORT=str(port)))
+        stack.enter_context(local.servers(settings))
+        simulator = stack.enter_context(local.upstream(settings))
+        if migrate:
+            _migrate()
+        if simulator:
+            typer.echo(f"HAPPYROBOT_WEBHOOK_URL is not set: calls go to the simulator on {simulator}", err=True)
+        typer.echo(f"Switchboard {__version__} listens on http://{f'[{host}]' if ':' in host else host}:{port}")
+        config = uvicorn.Config(
+            "switchboard.app:create_app",
+            factory=True,
+            workers=workers,
+            loop="uvloop",
+            http="httptools",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=10,
+        )
+        if workers > 1:
+            Multiprocess(config, [listener]).run()
+        else:
+            uvicorn.Server(config).run([listener])
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database to the newest schema."""
+    with local.servers(Settings()):
+        _migrate()
+    typer.echo("The database is at the newest schema.")
+
+
+def _migrate() -> None:
+    url = Settings().database_url
+    assert url is not None  # noqa: S101  # local.servers() has seen to it
+    asyncio.run(migrations.migrate(url.get_secret_value()))
+
+
+@app.command()
+def simulate(
+    port: Annotated[int, typer.Option(help="Port to listen on, 0 for any free one.")] = 8090,
+    pace: Annotated[float, typer.Option(min=0, help="Seconds between callbacks.")] = 0.4,
+    faults: Annotated[str, typer.Option(help="What goes wrong, such as `duplicate,delay=2,answer=500`.")] = "",
+    leave_with_stdin: _LeaveWithStdin = False,
+) -> None:
+    """Play HappyRobot: a hook that starts calls, their callbacks, and the Platform API."""
+    if leave_with_stdin:
+        local.leave_with_stdin()
+    try:
+        chosen = Faults.parse(faults)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--faults") from error
+    settings = Settings()
+    simulator = Simulator(
+        hook_key=_revealed(settings.happyrobot_x_api_key),
+        callback_key=_revealed(settings.callback_key),
+        api_key=_revealed(settings.happyrobot_api_key),
+        pace=pace,
+        faults=chosen,
+    )
+    with local.listening(local.LOOPBACK, port) as listener:
+        typer.echo(f"The simulator listens on http://{local.LOOPBACK}:{listener.getsockname()[1]}")
+        config = uvicorn.Config(simulator.app, log_level="warning", timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run([listener])
+
+
+def _revealed(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()
+
+
+@app.command(name="demo")
+def show(
+    once: Annotated[bool, typer.Option(help="Leave once the call has completed.")] = False,
+    port: Annotated[int, typer.Option(help="Port of the service, if it is free.")] = 8000,
+    pace: Annotated[float, typer.Option(min=0, help="Seconds between the events of the call.")] = 0.4,
+) -> None:
+    """Start everything, place one call, and watch it live."""
+    demo.run(once=once, port=port, pace=pace)

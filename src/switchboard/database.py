@@ -1,0 +1,68 @@
+"""The connection to PostgreSQL."""
+
+from typing import Annotated, Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import asyncpg
+from fastapi import Depends
+from pydantic_core import from_json, to_json
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from starlette.requests import HTTPConnection
+
+# Parameters that libpq or Prisma know but asyncpg would send to the server as settings, which it refuses.
+_FOREIGN_PARAMETERS = frozenset(
+    {
+        "channel_binding",
+        "connect_timeout",
+        "connection_limit",
+        "gssencmode",
+        "pgbouncer",
+        "pool_timeout",
+        "schema",
+    }
+)
+
+
+def dsn(url: str) -> str:
+    """A `DATABASE_URL` as libpq, Railway, Prisma or SQLAlchemy write it, in asyncpg's words.
+
+    asyncpg itself reads `sslmode` and `host=` (a socket's folder) from the query.
+    """
+    parts = urlsplit(url)
+    query = [pair for pair in parse_qsl(parts.query) if pair[0] not in _FOREIGN_PARAMETERS]
+    return urlunsplit(parts._replace(scheme="postgresql", query=urlencode(query)))
+
+
+def _dump(value: Any) -> str:
+    return to_json(value).decode()
+
+
+def connect(url: str, *, pool_size: int = 10) -> AsyncEngine:
+    """An engine; nothing is connected until it is used."""
+    address = dsn(url)
+
+    async def open_connection(**_: Any) -> Any:
+        return await asyncpg.connect(address, timeout=5)
+
+    return create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=open_connection,
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_timeout=5,
+        # PostgreSQL may have been restarted while a connection lay in the pool.
+        pool_pre_ping=True,
+        # An error of a statement must not carry what somebody sent into a log.
+        hide_parameters=True,
+        json_serializer=_dump,
+        json_deserializer=from_json,
+    )
+
+
+def _db(connection: HTTPConnection) -> AsyncEngine:
+    db: AsyncEngine = connection.state.db
+    return db
+
+
+# The engine and not a session: a session from a dependency would commit after the answer was sent.
+Db = Annotated[AsyncEngine, Depends(_db)]

@@ -1,0 +1,134 @@
+"""What can go wrong, and how the guide's endpoints say it.
+
+SwitchboardError
+├── BadRequest      400  the request cannot be understood
+├── Unauthorized    401  no credentials, or wrong ones
+├── NotFound        404
+├── TooLarge        413  the body is over the limit
+├── TriggerFailed   502  HappyRobot did not confirm that it started the workflow
+└── Unavailable     503  something that is needed is away; worth another try
+"""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+log = logging.getLogger(__name__)
+
+
+class SwitchboardError(Exception):
+    """An error that a caller is told about: a status, a sentence, and fields beside it."""
+
+    status_code = 500
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fields = fields
+
+
+class BadRequest(SwitchboardError):
+    status_code = 400
+
+
+class Unauthorized(SwitchboardError):
+    status_code = 401
+
+
+class NotFound(SwitchboardError):
+    status_code = 404
+
+
+class TooLarge(SwitchboardError):
+    status_code = 413
+
+
+class TriggerFailed(SwitchboardError):
+    status_code = 502
+
+
+class Unavailable(SwitchboardError):
+    status_code = 503
+
+
+class ErrorOut(BaseModel):
+    """The guide's error shape."""
+
+    model_config = ConfigDict(extra="allow")
+
+    error: str = Field(examples=["Run not found"])
+
+
+_MEANINGS = {
+    400: "The request cannot be understood; nothing was changed.",
+    401: "Credentials are missing or wrong; nothing was changed.",
+    404: "There is no such thing.",
+    413: "The body is larger than 1 MB; nothing was changed.",
+    502: "HappyRobot did not confirm the start. The execution says what is known.",
+    503: "PostgreSQL is away; try again after `Retry-After` seconds.",
+}
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def described(*statuses: int) -> Responses:
+    """The errors of an endpoint, for the OpenAPI document. 503 is everybody's."""
+    return {status: {"model": ErrorOut, "description": _MEANINGS[status]} for status in (*statuses, 503)}
+
+
+def _answer(status_code: int, message: str, **fields: Any) -> Response:
+    headers = {"Retry-After": "1"} if status_code == Unavailable.status_code else None
+    return JSONResponse({"error": message, **fields}, status_code, headers)
+
+
+def _first_complaint(error: RequestValidationError) -> str:
+    complaint = error.errors()[0]
+    name = complaint["loc"][-1]
+    if complaint["type"] == "missing":
+        return f"{name} required"
+    return f"{name}: {complaint['msg']}"
+
+
+def _means_that_postgres_is_away(error: Exception) -> bool:
+    return isinstance(error, (OperationalError, InterfaceError, PoolTimeout, OSError)) or (
+        isinstance(error, DBAPIError) and error.connection_invalidated
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Renders every error in the guide's shape."""
+
+    @app.exception_handler(SwitchboardError)
+    async def _(_: Request, error: SwitchboardError) -> Response:
+        return _answer(error.status_code, error.message, **error.fields)
+
+    @app.exception_handler(RequestValidationError)
+    async def _(_: Request, error: RequestValidationError) -> Response:
+        return _answer(400, _first_complaint(error))
+
+    @app.exception_handler(HTTPException)
+    async def _(_: Request, error: HTTPException) -> Response:
+        answer = _answer(error.status_code, error.detail)
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(DBAPIError)
+    @app.exception_handler(PoolTimeout)
+    @app.exception_handler(OSError)
+    async def _(_: Request, error: Exception) -> Response:
+        if not _means_that_postgres_is_away(error):
+            raise error
+        log.warning("PostgreSQL is away: %s", type(error).__name__)
+        return _answer(503, "Database unavailable")
+
+    @app.exception_handler(Exception)
+    async def _(_: Request, __: Exception) -> Response:
+        # The traceback is logged by the server; the caller learns nothing about our insides.
+        return _answer(500, "Internal server error")

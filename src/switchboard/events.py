@@ -1,0 +1,107 @@
+"""Events: what happened to runs, as it comes in, is stored, listed and streamed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic_core import to_json
+from sqlalchemy import Row, Select, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from switchboard.tables import RunStatus, run_events
+
+
+def iso(moment: datetime) -> str:
+    """A time as JavaScript's `toISOString` writes it: UTC, milliseconds, `Z`."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+Timestamp = Annotated[
+    datetime, PlainSerializer(iso, return_type=str), WithJsonSchema({"type": "string", "format": "date-time"})
+]
+
+
+@dataclass(frozen=True, slots=True)
+class NewEvent:
+    """Something that happened to a run and is not written yet."""
+
+    run_id: str
+    event_type: str
+    data: Any = None
+    status: RunStatus | None = None
+    """What it says about the run, if anything."""
+    guess: bool = False
+    """Whether that is only what we suppose, because nobody says anything."""
+    occurred_at: datetime | None = None
+    execution_id: str | None = None
+    """Our execution, where HappyRobot sends it back."""
+    dedupe_key: UUID | None = None
+    """The same for every copy of this event; None when copies cannot be told apart."""
+
+
+class Event(BaseModel):
+    """One thing that happened to a run. `run_id`, `event_type` and `data` are the guide's."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: int = Field(description="Grows with time; resume after it.", examples=[4711])
+    run_id: str
+    context_id: str
+    event_type: str = Field(examples=["log"])
+    status: RunStatus = Field(description="The run's status once this had happened.")
+    timestamp: Timestamp = Field(description="When it happened, or when we learnt of it.")
+    data: Any = Field(examples=[{"message": "Agent said hello"}])
+
+    @classmethod
+    def of(cls, row: Row[Any]) -> "Event":
+        """The event in a row of `run_events`."""
+        return cls.model_construct(
+            id=row.id,
+            run_id=row.run_id,
+            context_id=row.context_id,
+            event_type=row.event_type,
+            status=RunStatus(row.status),
+            timestamp=row.occurred_at or row.created_at,
+            data=row.data,
+        )
+
+    def encode(self) -> bytes:
+        """The event as one line of JSON."""
+        return to_json(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which events somebody wants: those of a context, of a run, or all."""
+
+    context_id: str | None = None
+    run_id: str | None = None
+
+    def __contains__(self, event: object) -> bool:
+        return (
+            isinstance(event, Event)
+            and self.context_id in (None, event.context_id)
+            and self.run_id in (None, event.run_id)
+        )
+
+
+def _within(scope: Scope) -> Select[Any]:
+    query = select(run_events).order_by(run_events.c.id)
+    if scope.context_id is not None:
+        query = query.where(run_events.c.context_id == scope.context_id)
+    if scope.run_id is not None:
+        query = query.where(run_events.c.run_id == scope.run_id)
+    return query
+
+
+async def read_events(
+    conn: AsyncConnection, scope: Scope, *, after: int, limit: int, up_to: int | None = None
+) -> Sequence[Event]:
+    """Events with `after` < id <= `up_to`, oldest first."""
+    query = _within(scope).where(run_events.c.id > after).limit(limit)
+    if up_to is not None:
+        query = query.where(run_events.c.id <= up_to)
+    return [Event.of(row) for row in await conn.execute(query)]

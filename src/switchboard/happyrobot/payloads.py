@@ -1,0 +1,160 @@
+"""What HappyRobot sends: callbacks in the guide's form and as CloudEvents."""
+
+import hashlib
+import math
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
+
+from switchboard.bodies import Id, ShortText, Text, check
+from switchboard.events import NewEvent
+from switchboard.tables import RunStatus
+
+# Only these words of a callback say where a run stands. Workflow authors design the rest: a `scheduled` or
+# `skipped` of theirs may well mean a pickup or a question.
+_CALLBACK_WORDS = {
+    "running": RunStatus.RUNNING,
+    "completed": RunStatus.COMPLETED,
+    "failed": RunStatus.FAILED,
+    "canceled": RunStatus.CANCELED,
+    "cancelled": RunStatus.CANCELED,
+}
+
+# The Platform API's words: v1, v2, and the guide's `pending`.
+_PLATFORM_WORDS = {
+    "pending": RunStatus.PENDING,
+    "scheduled": RunStatus.PENDING,
+    "not_started": RunStatus.PENDING,
+    "queued": RunStatus.PENDING,
+    "running": RunStatus.RUNNING,
+    "completed": RunStatus.COMPLETED,
+    "succeeded": RunStatus.COMPLETED,
+    "failed": RunStatus.FAILED,
+    "canceled": RunStatus.CANCELED,
+    "cancelled": RunStatus.CANCELED,
+    "skipped": RunStatus.CANCELED,
+}
+
+
+def platform_status(word: object) -> RunStatus | None:
+    """A status of the Platform API, or None for a word that nobody has documented."""
+    return _PLATFORM_WORDS.get(word) if isinstance(word, str) else None
+
+
+class CallbackIn(BaseModel):
+    """The guide's callback."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    run_id: Id = Field(description="HappyRobot's run.", examples=["19184e4c-74ca-474a-8978-e77f5a661e4f"])
+    event_type: Id = Field(
+        description="`log`, `running`, `completed`, `failed`, `canceled`, or a word of the workflow's author.",
+        examples=["log"],
+    )
+    timestamp: Text | Annotated[float, Field(allow_inf_nan=False)] | None = Field(
+        None, description="When it happened.", examples=["2026-01-15T09:30:00.250Z"]
+    )
+    data: Any = Field(None, description="Anything.", examples=[{"message": "Agent said hello"}])
+    execution_id: ShortText | None = Field(None, description="Our execution, if the workflow echoes it.")
+
+
+class _CloudEventData(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    run_id: Id
+
+
+class _CloudEvent(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    id: Id
+    source: ShortText = ""
+    type: Id
+    time: Text | None = None
+    data: _CloudEventData
+
+
+# Seconds stay below this until the year 5138; milliseconds passed it in 1973.
+_MOST_SECONDS = 1e11
+
+
+def _moment(value: str | float | None) -> datetime | None:
+    """A time as authors write it: ISO 8601, or seconds or milliseconds since 1970. Nonsense is None."""
+    try:
+        if isinstance(value, str):
+            moment = datetime.fromisoformat(value)
+            return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        if isinstance(value, (int, float)):
+            return datetime.fromtimestamp(value / 1000 if math.fabs(value) > _MOST_SECONDS else value, UTC)
+    except (ValueError, OverflowError, OSError):
+        pass
+    return None
+
+
+def _key(run_id: str, kind: str, *parts: str | bytes) -> UUID:
+    # Bound to the run: a header that an author made static must not swallow another run's events.
+    digest = hashlib.blake2b(to_json([run_id, kind]), digest_size=16)
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+        digest.update(b"\x00")
+    return UUID(bytes=digest.digest())
+
+
+def read_callback(body: Any, raw: bytes, webhook_id: str | None) -> NewEvent:
+    """Reads a callback in either form.
+
+    Copies are recognised by `X-Webhook-Id`, else the CloudEvent's id, else the body's bytes when it carries a
+    timestamp: without one, two equal bodies may well be two events.
+    """
+    if isinstance(body, dict) and "specversion" in body:
+        event = _read_cloud_event(check(_CloudEvent, body), body["data"])
+    else:
+        event = _read_guide_callback(check(CallbackIn, body), raw)
+    if webhook_id:
+        return replace(event, dedupe_key=_key(event.run_id, "webhook", webhook_id))
+    return event
+
+
+def _read_cloud_event(event: _CloudEvent, data: Any) -> NewEvent:
+    run_id = event.data.run_id
+    return NewEvent(
+        run_id,
+        event.type,
+        data,
+        occurred_at=_moment(event.time),
+        dedupe_key=_key(run_id, "cloudevent", event.source, event.id),
+    )
+
+
+def _read_guide_callback(callback: CallbackIn, raw: bytes) -> NewEvent:
+    return NewEvent(
+        callback.run_id,
+        callback.event_type,
+        callback.data,
+        _CALLBACK_WORDS.get(callback.event_type),
+        occurred_at=_moment(callback.timestamp),
+        execution_id=callback.execution_id,
+        dedupe_key=None if callback.timestamp is None else _key(callback.run_id, "body", raw),
+    )
+
+
+class TriggerAnswer(BaseModel):
+    """What a hook answers; every field is optional there, but without a run nothing was started."""
+
+    run_id: Id | None = None
+    queued_run_ids: list[Id] | None = None
+
+    @property
+    def run_ids(self) -> list[str]:
+        """The runs, each once, in HappyRobot's order."""
+        return list(dict.fromkeys(self.queued_run_ids or ([self.run_id] if self.run_id else [])))
+
+
+def read_run_status(body: Any) -> RunStatus | None:
+    """The status in an answer of the Platform API, nested, flat or v2; None if there is none that is known."""
+    nested = body.get("run", body) if isinstance(body, dict) else None
+    return platform_status(nested.get("status")) if isinstance(nested, dict) else None

@@ -1,0 +1,91 @@
+"""Telling every process what was committed, through Redis, behind the callers' backs."""
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Annotated, Self
+
+from fastapi import Depends
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from starlette.requests import HTTPConnection
+
+from switchboard.events import Event
+
+log = logging.getLogger(__name__)
+
+CHANNEL = "switchboard:events"
+
+_MAX_WAITING = 10_000
+"""Events; more than that are left to the readers' look into PostgreSQL."""
+
+_MAX_MESSAGE = 500
+"""Events in one message."""
+
+
+def pack(events: Sequence[Event]) -> bytes:
+    """Events as a message: the first and last id, then a line of JSON each."""
+    return b"%d %d\n" % (events[0].id, events[-1].id) + b"\n".join(event.encode() for event in events)
+
+
+class Announcer:
+    """Publishes committed events in the background, so that a slow or absent Redis delays no answer.
+
+    What cannot be published is dropped: PostgreSQL has it, and readers notice the gap in the ids. `on_failure` is
+    called then, so that this process's own readers need not wait for their next look.
+    """
+
+    def __init__(self, redis: Redis, on_failure: Callable[[], None]) -> None:
+        self._redis = redis
+        self._on_failure = on_failure
+        self._waiting: deque[Event] = deque(maxlen=_MAX_WAITING)
+        self._news = asyncio.Event()
+        self._healthy = True
+
+    def announce(self, events: Sequence[Event]) -> None:
+        """Queues events for publication; returns at once. Call it after the commit, never before."""
+        if events:
+            self._waiting.extend(events)
+            self._news.set()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Self]:
+        """Publishes until the block ends, then sends what is left."""
+        task = asyncio.create_task(self._publish_for_ever())
+        try:
+            yield self
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            while self._waiting and self._healthy:
+                await self._publish()
+
+    async def _publish_for_ever(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            while self._waiting:
+                await self._publish()
+
+    async def _publish(self) -> None:
+        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _MAX_MESSAGE))]
+        try:
+            await self._redis.publish(CHANNEL, pack(batch))
+        except (RedisError, OSError) as error:
+            if self._healthy:
+                log.warning("Redis is away (%s); streams read from PostgreSQL", type(error).__name__)
+            self._healthy = False
+            self._on_failure()
+        else:
+            self._healthy = True
+
+
+def _announcer(connection: HTTPConnection) -> Announcer:
+    announcer: Announcer = connection.state.announcer
+    return announcer
+
+
+CurrentAnnouncer = Annotated[Announcer, Depends(_announcer)]

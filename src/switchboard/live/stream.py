@@ -1,0 +1,170 @@
+"""Server-sent events: replay from PostgreSQL, then follow, without a gap between the two."""
+
+import logging
+import random
+import re
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, cast
+
+import anyio
+from fastapi import APIRouter, Header, Query
+from pydantic_core import to_json
+from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.responses import Response
+
+from switchboard.access import Allowed
+from switchboard.bodies import Id
+from switchboard.database import Db
+from switchboard.errors import BadRequest, NotFound, described
+from switchboard.events import Scope, read_events
+from switchboard.live.hub import CurrentHub, Follower, Frame, Hub
+from switchboard.tables import FINAL, RunStatus, agent_runs
+
+log = logging.getLogger(__name__)
+
+router = APIRouter(tags=["events"])
+
+HEARTBEAT = 15
+"""Seconds between comments on a quiet stream, so that proxies keep it and dead peers are noticed."""
+
+_RETRY = (1_000, 4_000)
+"""Milliseconds after which a browser reconnects, drawn for each: all of them come back after a restart."""
+
+_SEND_TIMEOUT = 30
+"""Seconds that a browser may take to accept what it is sent."""
+
+_PAGE = 500
+"""Events read at once for a replay."""
+
+_GRACE = 3
+"""Seconds that streams have to say goodbye when the process stops."""
+
+_RESUMED_AT = re.compile(r"(\d{1,18})(\.end)?")
+
+
+@router.get(
+    "/api/events",
+    summary="Follow events live",
+    response_class=EventSourceResponse,
+    responses={
+        200: {
+            "description": "A stream of server-sent events without a name: `id:` is the event's, `data:` the event as "
+            "`GET /api/happyrobot/runs/{run_id}/events` lists it. The stream of one run closes with an event named "
+            "`end`.",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        204: {"description": "The run is over and the reader has seen its `end`: no need to come back."},
+        **described(400, 401, 404),
+    },
+    dependencies=[Allowed],
+)
+async def follow_events(
+    db: Db,
+    hub: CurrentHub,
+    context_id: Annotated[Id | None, Query(description="Only events of this context.")] = None,
+    run_id: Annotated[Id | None, Query(description="Only events of this run; ends when the run is over.")] = None,
+    last_event_id: Annotated[
+        str | None, Query(description="Resume after this event; 0 replays everything. `Last-Event-ID` wins over it.")
+    ] = None,
+    resume_header: Annotated[
+        str | None, Header(alias="Last-Event-ID", description="Sent by browsers that reconnect.")
+    ] = None,
+) -> Response:
+    """Events of a context, of a run, or of everything, as they are committed.
+
+    A stream that is resumed misses nothing and repeats nothing.
+    """
+    after, seen_end = _resumed_at(resume_header if resume_header is not None else last_event_id)
+    if run_id is not None and await _status(db, run_id) in FINAL and seen_end:
+        # The one answer that stops an EventSource from reconnecting.
+        return Response(status_code=204)
+    return EventSourceResponse(
+        _stream(db, hub, Scope(context_id, run_id), after),
+        shutdown_event=cast("anyio.Event", _Goodbye(hub)),
+        shutdown_grace_period=_GRACE,
+        ping=HEARTBEAT,
+        ping_message_factory=lambda: ServerSentEvent(comment="still here"),
+        send_timeout=_SEND_TIMEOUT,
+        sep="\n",
+        headers={"Cache-Control": "no-cache, no-transform"},
+    )
+
+
+def _resumed_at(text: str | None) -> tuple[int | None, bool]:
+    """The id after which to resume, and whether the reader has been told that the run is over."""
+    if text is None or text == "":
+        return None, False
+    match = _RESUMED_AT.fullmatch(text)
+    if match is None:
+        raise BadRequest("Last-Event-ID must be the id of an event")
+    return int(match[1]), match[2] is not None
+
+
+async def _status(db: AsyncEngine, run_id: str) -> RunStatus:
+    async with db.connect() as conn:
+        status = await conn.scalar(select(agent_runs.c.status).where(agent_runs.c.run_id == run_id))
+    if status is None:
+        raise NotFound("Run not found")
+    return RunStatus(status)
+
+
+class _Goodbye:
+    """What the response sets when the server is told to stop."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    def set(self) -> None:
+        self._hub.close()
+
+
+async def _stream(db: AsyncEngine, hub: Hub, scope: Scope, after: int | None) -> AsyncIterator[bytes]:
+    yield b": connected\nretry: %d\n\n" % random.randint(*_RETRY)  # noqa: S311  # spreads load, guards nothing
+    try:
+        async with hub.following(scope) as follower:
+            sent = follower.joined_after
+            # Asked after joining: if the run ends from here on, its last event comes through the follower.
+            status = await _status(db, scope.run_id) if scope.run_id is not None else None
+            over = status in FINAL
+            if after is not None:
+                sent = after = await _within_this_life(hub, follower, after)
+                # The hub may lag behind a run that is over, and nobody will follow it.
+                async for page in _replay(db, scope, after, None if over else follower.joined_after):
+                    sent = page[-1].event.id
+                    yield b"".join(frame.sse for frame in page)
+            while not over and (unread := await follower.read()):
+                page = [frame for frame in unread if frame.event.id > sent]
+                if page:
+                    sent = page[-1].event.id
+                    status = page[-1].event.status
+                    over = scope.run_id is not None and status in FINAL
+                    yield b"".join(frame.sse for frame in page)
+            if over:
+                end = to_json({"run_id": scope.run_id, "status": status})
+                yield b"id: %d.end\nevent: end\ndata: %b\n\n" % (sent, end)
+            elif not follower.lagging:
+                yield b": goodbye, resume elsewhere\n\n"
+    except (SQLAlchemyError, OSError) as error:
+        # The browser reconnects and resumes; by then PostgreSQL may be back.
+        log.warning("a stream ended, PostgreSQL is away: %s", type(error).__name__)
+
+
+async def _within_this_life(hub: Hub, follower: Follower, after: int) -> int:
+    """Where to resume: from the start if the id is of a database that is no more, and would mute the stream."""
+    if after <= follower.joined_after or after <= await hub.newest():
+        return after
+    return 0
+
+
+async def _replay(db: AsyncEngine, scope: Scope, after: int, up_to: int | None) -> AsyncIterator[Sequence[Frame]]:
+    while True:
+        async with db.connect() as conn:
+            events = await read_events(conn, scope, after=after, up_to=up_to, limit=_PAGE)
+        if events:
+            after = events[-1].id
+            yield [Frame.of(event) for event in events]
+        if len(events) < _PAGE:
+            return

@@ -1,0 +1,122 @@
+"""What a machine without any set-up needs: free ports, embedded servers, the simulator, child processes."""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from switchboard import embedded
+from switchboard.settings import Settings
+
+LOOPBACK = "127.0.0.1"
+
+
+class PortTaken(Exception):
+    """Somebody else listens there."""
+
+
+class ChildFailed(Exception):
+    """A process that was started beside this one left at once."""
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens; port 0 takes a free one. Raises PortTaken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise PortTaken(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        # Inherited by the processes of `serve --workers`.
+        listener.set_inheritable(True)
+        yield listener
+
+
+def free_port(preferred: int) -> int:
+    """The preferred port if nobody listens there, any free one otherwise."""
+    for port in (preferred, 0):
+        with contextlib.suppress(PortTaken), listening(LOOPBACK, port) as listener:
+            return int(listener.getsockname()[1])
+    raise PortTaken("there is no free port")
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Sets environment variables for this process and its children, and puts the old ones back."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def servers(settings: Settings) -> Iterator[None]:
+    """Starts the servers that the settings do not name, and names them in the environment."""
+    if settings.database_url is not None and settings.redis_url is not None:
+        yield
+        return
+    with embedded.running(Path(settings.switchboard_data_dir)) as started:
+        found = {}
+        if settings.database_url is None:
+            found["DATABASE_URL"] = started.database_url
+        if settings.redis_url is None:
+            found["REDIS_URL"] = started.redis_url
+        with environment(**found):
+            yield
+
+
+@contextlib.contextmanager
+def upstream(settings: Settings, *, port: int = 0, pace: float = 0.4) -> Iterator[str | None]:
+    """Starts the simulator if the settings name no hook, and names it in the environment; yields its address."""
+    if settings.happyrobot_webhook_url is not None:
+        yield None
+        return
+    keys = {"HAPPYROBOT_X_API_KEY": secrets.token_hex(16), "HAPPYROBOT_API_KEY": secrets.token_hex(16)}
+    with environment(**keys), child("simulate", "--port", str(port), "--pace", str(pace)) as address:
+        hook, api = f"{address}/hooks/demo", f"{address}/api/v1"
+        with environment(HAPPYROBOT_WEBHOOK_URL=hook, HAPPYROBOT_API_URL=api):
+            yield address
+
+
+@contextlib.contextmanager
+def child(*command: str) -> Iterator[str]:
+    """Runs a `switchboard` command beside this one; yields the address on which it says that it listens.
+
+    It leaves with this process, however that ends: it reads a pipe that the kernel then closes.
+    """
+    arguments = [sys.executable, "-m", "switchboard", *command, "--leave-with-stdin"]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None  # noqa: S101  # for the type checker; it was asked for
+            words = process.stdout.readline().split()
+            if not words:
+                raise ChildFailed(f"`switchboard {' '.join(command)}` did not start")
+            yield words[-1]
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def leave_with_stdin() -> None:
+    """Asks this process to stop once its standard input ends."""
+
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()

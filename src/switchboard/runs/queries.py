@@ -1,0 +1,137 @@
+"""Reading runs."""
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Self
+
+from sqlalchemy import ARRAY, Row, Select, String, desc, func, literal, literal_column, select, tuple_
+from sqlalchemy.dialects.postgresql import JSON
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from switchboard.errors import BadRequest
+from switchboard.tables import RunStatus, agent_runs, run_events
+
+MAX_LOGS = 1000
+"""Logs of one run in its metadata: the newest. The rest is in its timeline."""
+
+_LOGS_IN_A_LIST = 20_000
+"""Logs in one list, all runs together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A place in the list of runs, newest first: behind the run with this time and id."""
+
+    created_at: datetime
+    id: int
+
+    def encode(self) -> str:
+        return base64.urlsafe_b64encode(f"{self.created_at.isoformat()} {self.id}".encode()).decode().rstrip("=")
+
+    @classmethod
+    def decode(cls, text: str) -> Self:
+        """Raises BadRequest for anything that `encode` did not write."""
+        try:
+            moment, number = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode().split(" ")
+            cursor = cls(datetime.fromisoformat(moment), int(number))
+        except (ValueError, binascii.Error) as error:
+            raise BadRequest("cursor: not one that this list gave") from error
+        if cursor.created_at.tzinfo is None or not 0 <= cursor.id < 2**63:
+            raise BadRequest("cursor: not one that this list gave")
+        return cursor
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which runs are wanted; None does not narrow."""
+
+    context_id: str | None = None
+    status: RunStatus | None = None
+    workflow_id: str | None = None
+
+
+# Logs are rows; a run's own row does not change when one is added. So its last sign of life is its newest event's.
+_LAST_EVENT_AT = (
+    select(run_events.c.created_at)
+    .where(run_events.c.run_id == agent_runs.c.run_id)
+    .order_by(desc(run_events.c.id))
+    .limit(1)
+    .scalar_subquery()
+)
+
+_RUNS: Select[Any] = select(
+    agent_runs.c.id,
+    agent_runs.c.run_id,
+    agent_runs.c.context_id,
+    agent_runs.c.name,
+    agent_runs.c.description,
+    agent_runs.c.status,
+    agent_runs.c.metadata.label("stored"),  # a row has an attribute `metadata` of its own
+    agent_runs.c.created_at,
+    func.greatest(agent_runs.c.updated_at, _LAST_EVENT_AT).label("updated_at"),
+    agent_runs.c.workflow_id,
+    agent_runs.c.execution_id,
+    agent_runs.c.completed_at,
+    agent_runs.c.timed_out,
+)
+
+
+async def find_run(conn: AsyncConnection, run_id: str) -> Row[Any] | None:
+    """One run's row, without its logs."""
+    run: Row[Any] | None = (await conn.execute(_RUNS.where(agent_runs.c.run_id == run_id))).one_or_none()
+    return run
+
+
+async def list_runs(conn: AsyncConnection, wanted: Filter, *, limit: int, cursor: Cursor | None) -> Sequence[Row[Any]]:
+    """Runs, newest first, after the cursor; without their logs."""
+    query = _RUNS.order_by(desc(agent_runs.c.created_at), desc(agent_runs.c.id)).limit(limit)
+    if wanted.context_id is not None:
+        query = query.where(agent_runs.c.context_id == wanted.context_id)
+    if wanted.status is not None:
+        query = query.where(agent_runs.c.status == wanted.status)
+    if wanted.workflow_id is not None:
+        query = query.where(agent_runs.c.workflow_id == wanted.workflow_id)
+    if cursor is not None:
+        query = query.where(tuple_(agent_runs.c.created_at, agent_runs.c.id) < tuple_(cursor.created_at, cursor.id))
+    runs: Sequence[Row[Any]] = (await conn.execute(query)).all()
+    return runs
+
+
+async def metadata_of(conn: AsyncConnection, runs: Sequence[Row[Any]]) -> dict[str, dict[str, Any]]:
+    """Each run's metadata as the guide describes it: `logs` in order, `result`, `error`, and what else is stored.
+
+    Of a run with very many logs, or in a long list, only the newest are given; `logs_truncated` says so.
+    """
+    if not runs:
+        return {}
+    most = min(MAX_LOGS, _LOGS_IN_A_LIST // len(runs))
+    wanted = func.unnest(literal([run.run_id for run in runs], ARRAY(String))).table_valued("run_id").render_derived("wanted")
+    newest = (
+        select(run_events.c.id, func.coalesce(run_events.c.data, literal_column("'null'::json")).label("data"))
+        .where(run_events.c.run_id == wanted.c.run_id, run_events.c.event_type == "log")
+        .order_by(desc(run_events.c.id))
+        .limit(most + 1)
+        .lateral("newest")
+    )
+    rows = await conn.execute(
+        select(
+            wanted.c.run_id, func.json_agg(literal_column("newest.data ORDER BY newest.id"), type_=JSON).label("logs")
+        )
+        .select_from(wanted.join(newest, literal_column("true")))
+        .group_by(wanted.c.run_id)
+    )
+    logs = {row.run_id: row.logs for row in rows}
+    return {run.run_id: _metadata(run, logs.get(run.run_id, []), most) for run in runs}
+
+
+def _metadata(run: Row[Any], logs: list[Any], most: int) -> dict[str, Any]:
+    stored: dict[str, Any] = run.stored if isinstance(run.stored, dict) else {}
+    # A foreign INSERT may have brought logs of its own; they are older.
+    earlier = stored.get("logs")
+    logs = [*earlier, *logs] if isinstance(earlier, list) else logs
+    if len(logs) <= most:
+        return {**stored, "logs": logs}
+    return {**stored, "logs": logs[-most:], "logs_truncated": True}

@@ -1,0 +1,226 @@
+"""`/api/happyrobot/*`: what a frontend asks for."""
+
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from switchboard.access import Allowed
+from switchboard.bodies import Id, JsonBody, check
+from switchboard.database import Db
+from switchboard.errors import NotFound, described
+from switchboard.events import Event, NewEvent, Scope, Timestamp, read_events
+from switchboard.happyrobot.client import CurrentHappyRobot, platform_url
+from switchboard.live.announcer import CurrentAnnouncer
+from switchboard.runs.ingest import take
+from switchboard.runs.queries import Cursor, Filter, find_run, list_runs, metadata_of
+from switchboard.runs.trigger import TriggerIn, TriggerOut, start
+from switchboard.settings import CurrentSettings, Settings
+from switchboard.tables import FINAL, RunStatus
+
+router = APIRouter(prefix="/api/happyrobot", tags=["runs"], dependencies=[Allowed])
+
+# A frontend that builds `?context_id=` from an empty field means no filter.
+_EMPTY_IS_NONE = BeforeValidator(lambda value: value or None)
+_UPPER = BeforeValidator(lambda value: value.upper() or None if isinstance(value, str) else value)
+
+RunId = Annotated[Id, Path(description="HappyRobot's id of the run.")]
+
+
+class RunOut(BaseModel):
+    """A run, in the guide's words."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
+
+    id: str = Field(examples=["42"])
+    run_id: str
+    context_id: str
+    name: str | None
+    description: str | None
+    status: RunStatus
+    created_at: Timestamp
+    updated_at: Timestamp = Field(description="The last sign of life.")
+    completed_at: Timestamp | None
+    metadata: dict[str, Any] = Field(
+        description="`logs` in order, `result` of a completed run, `error` of a failed one.",
+        examples=[{"logs": [{"message": "Agent said hello"}], "result": {"summary": "Booked"}}],
+    )
+    workflow_id: str
+    execution_id: UUID | None
+    platform_url: str | None = Field(None, description="The run at HappyRobot; absent while that is not known.")
+
+
+class StatusOut(BaseModel):
+    """A run's status, in the guide's words."""
+
+    run_id: str
+    status: Literal["pending", "running", "completed", "failed", "canceled"]
+    name: str | None
+    created_at: Timestamp
+    updated_at: Timestamp
+    source: Literal["happyrobot", "database"] = Field(description="Who was asked last.")
+    platform_url: str | None = None
+
+
+def _run_out(settings: Settings, run: Row[Any], metadata: dict[str, Any]) -> RunOut:
+    fields = {
+        "id": str(run.id),
+        "run_id": run.run_id,
+        "context_id": run.context_id,
+        "name": run.name,
+        "description": run.description,
+        "status": RunStatus(run.status),
+        "created_at": run.created_at,
+        "updated_at": run.updated_at,
+        "completed_at": run.completed_at,
+        "metadata": metadata,
+        "workflow_id": run.workflow_id,
+        "execution_id": run.execution_id,
+    }
+    if url := platform_url(settings, run.run_id):
+        fields["platform_url"] = url
+    return RunOut.model_validate(fields)
+
+
+@router.post(
+    "/trigger",
+    summary="Start a workflow",
+    responses=described(400, 401, 404, 413, 502),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": TriggerIn.model_json_schema()}},
+        }
+    },
+)
+async def trigger(
+    db: Db,
+    happyrobot: CurrentHappyRobot,
+    announcer: CurrentAnnouncer,
+    settings: CurrentSettings,
+    body: JsonBody,
+) -> TriggerOut:
+    """Starts a workflow and tracks the runs that HappyRobot names.
+
+    The request is stored before HappyRobot is called, and HappyRobot is called once.
+    """
+    return await start(db, happyrobot, announcer, settings, check(TriggerIn, body), body)
+
+
+@router.get(
+    "/status",
+    summary="Ask for a run's status",
+    responses=described(400, 401, 404),
+    response_model_exclude_unset=True,
+)
+async def status(
+    db: Db,
+    happyrobot: CurrentHappyRobot,
+    announcer: CurrentAnnouncer,
+    settings: CurrentSettings,
+    run_id: Annotated[Id, Query()],
+) -> StatusOut:
+    """Asks HappyRobot about a run that is not over, and records what it says; the database answers otherwise."""
+    run = await _find(db, run_id)
+    source: Literal["happyrobot", "database"] = "database"
+    if run.status not in FINAL or run.timed_out:
+        word = await happyrobot.run_status(run_id)
+        if word is not None:
+            source = "happyrobot"
+            if word != run.status:
+                await take(db, announcer, [NewEvent(run_id, "status", {"status": word.lower()}, word)])
+                run = await _find(db, run_id)
+    fields: dict[str, Any] = {
+        "run_id": run.run_id,
+        "status": run.status.lower(),
+        "name": run.name,
+        "created_at": run.created_at,
+        "updated_at": run.updated_at,
+        "source": source,
+    }
+    if url := platform_url(settings, run_id):
+        fields["platform_url"] = url
+    return StatusOut.model_validate(fields)
+
+
+@router.get(
+    "/runs",
+    summary="List runs, newest first",
+    responses=described(400, 401),
+    response_model_exclude_unset=True,
+)
+async def runs(
+    request: Request,
+    response: Response,
+    db: Db,
+    settings: CurrentSettings,
+    context_id: Annotated[Id | None, _EMPTY_IS_NONE, Query(description="Only runs of this context.")] = None,
+    status: Annotated[RunStatus | None, _UPPER, Query(description="Only runs with this status.")] = None,
+    workflow_id: Annotated[Id | None, _EMPTY_IS_NONE, Query(description="Only runs of this workflow.")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 200,
+    cursor: Annotated[str | None, Query(description='From the `Link` header with `rel="next"`.')] = None,
+) -> list[RunOut]:
+    """A page of runs. `Link` leads to the next one, if there is one."""
+    wanted = Filter(context_id, status, workflow_id)
+    async with db.connect() as conn:
+        rows = await list_runs(
+            conn, wanted, limit=limit + 1, cursor=Cursor.decode(cursor) if cursor is not None else None
+        )
+        page = rows[:limit]
+        metadata = await metadata_of(conn, page)
+    if len(rows) > limit:
+        _link_next(request, response, cursor=Cursor(page[-1].created_at, page[-1].id).encode())
+    return [_run_out(settings, run, metadata[run.run_id]) for run in page]
+
+
+@router.get(
+    "/runs/{run_id}",
+    summary="Read one run",
+    responses=described(400, 401, 404),
+    response_model_exclude_unset=True,
+)
+async def run(db: Db, settings: CurrentSettings, run_id: RunId) -> RunOut:
+    """One run with its logs, result and error."""
+    async with db.connect() as conn:
+        row = await find_run(conn, run_id)
+        if row is None:
+            raise NotFound("Run not found")
+        metadata = await metadata_of(conn, [row])
+    return _run_out(settings, row, metadata[run_id])
+
+
+@router.get("/runs/{run_id}/events", summary="Read a run's timeline", responses=described(400, 401, 404))
+async def timeline(
+    request: Request,
+    response: Response,
+    db: Db,
+    run_id: RunId,
+    after: Annotated[int, Query(ge=0, lt=2**63, description="Only events after this id.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 500,
+) -> list[Event]:
+    """Everything that happened to a run, oldest first. `Link` leads to what follows, if there is more."""
+    async with db.connect() as conn:
+        events = await read_events(conn, Scope(run_id=run_id), after=after, limit=limit + 1)
+        if not events and await find_run(conn, run_id) is None:
+            raise NotFound("Run not found")
+    if len(events) > limit:
+        _link_next(request, response, after=events[limit - 1].id)
+    return list(events[:limit])
+
+
+async def _find(db: AsyncEngine, run_id: str) -> Row[Any]:
+    async with db.connect() as conn:
+        run = await find_run(conn, run_id)
+    if run is None:
+        raise NotFound("Run not found")
+    return run
+
+
+def _link_next(request: Request, response: Response, **place: str | int) -> None:
+    # Relative, so that it is right behind any proxy.
+    url = request.url.include_query_params(**place)
+    response.headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'

@@ -1,0 +1,140 @@
+"""Every setting, read once from the environment (or a `.env` file) into one frozen object."""
+
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from fastapi import Depends
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from starlette.requests import HTTPConnection
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """What the environment says; an empty variable counts as one that is not set."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True, hide_input_in_errors=True
+    )
+
+    # HappyRobot. The names are those of its integration guide.
+
+    happyrobot_webhook_url: str | None = Field(
+        None,
+        description="Hook that starts the workflow `default`. Without it, in development, runs go to the simulator.",
+    )
+    happyrobot_x_api_key: SecretStr | None = Field(None, description="Key of that hook, sent to it as `X-API-KEY`.")
+    happyrobot_api_key: SecretStr | None = Field(
+        None, description="Key of the Platform API. Without it, statuses come from callbacks alone."
+    )
+    happyrobot_org_id: str | None = Field(
+        None, description="Organisation to ask the Platform API for, if the key knows several."
+    )
+    happyrobot_org_slug: str | None = Field(None, description="Organisation's name in links to the platform.")
+    happyrobot_workflow_id: str | None = Field(None, description="Workflow's id in links to the platform.")
+    happyrobot_callback_key: SecretStr | None = Field(
+        None, description="Key that callbacks must carry as `X-API-KEY`; `HAPPYROBOT_X_API_KEY` unless set."
+    )
+    happyrobot_api_url: str = Field(
+        "https://platform.happyrobot.ai/api/v1",
+        description="Platform API. In the EU: `https://platform.eu.happyrobot.ai/api/v1`.",
+    )
+    happyrobot_trigger_timeout: Seconds = Field(30, description="Seconds that a hook may take to answer a trigger.")
+    happyrobot_api_pace: Annotated[float, Field(gt=0)] = Field(
+        8, description="Requests a second to the Platform API, all replicas together."
+    )
+    happyrobot_resume_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="More hosts to which an approval's decision may be sent, separated by commas."
+    )
+
+    # The service.
+
+    environment: Literal["development", "production"] = Field(
+        "development", description="`production` refuses to start while something needed is missing."
+    )
+    app_url: str | None = Field(
+        None,
+        description="Public address of this service, for callbacks; its own address on loopback unless set.",
+    )
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port to listen on.")
+    database_url: SecretStr | None = Field(
+        None, description="PostgreSQL, as libpq writes it. Without it, in development, an embedded server."
+    )
+    redis_url: SecretStr | None = Field(
+        None, description="Redis or Valkey. Without it, in development, an embedded server."
+    )
+    switchboard_data_dir: str = Field(".switchboard", description="Folder of the embedded servers' data.")
+    allow_anonymous: bool | None = Field(
+        None,
+        description="Whether the API answers without credentials: yes in development, no in production, unless set.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Origins of frontends on other hosts, separated by commas."
+    )
+    app_secret: SecretStr | None = Field(
+        None, description="Signs browser tokens and encrypts stored secrets; 32 characters or more."
+    )
+    app_secret_previous: SecretStr | None = Field(
+        None, description="An older `APP_SECRET` that still opens what it sealed."
+    )
+    reconcile_after: Seconds = Field(
+        15, description="Seconds after a run's last sign of life until HappyRobot is asked about it."
+    )
+    stale_after: Seconds = Field(
+        1800, description="Seconds of silence, also from HappyRobot, after which a run counts as timed out."
+    )
+    allow_private_webhooks: bool = Field(
+        False, description="Lets customers' webhooks reach private addresses (development, tests)."
+    )
+    retention_days: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="Days that finished runs and their events are kept; for ever unless set."
+    )
+
+    @field_validator("happyrobot_resume_hosts", "cors_origins", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+    @field_validator("happyrobot_webhook_url", "happyrobot_api_url", "app_url")
+    @classmethod
+    def _require_http(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be an http:// or https:// address")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _require_real_parts_in_production(self) -> Self:
+        needed = ("database_url", "redis_url", "happyrobot_webhook_url", "app_url")
+        missing = [name.upper() for name in needed if getattr(self, name) is None]
+        if self.callback_key is None:
+            missing.append("HAPPYROBOT_CALLBACK_KEY")
+        if self.environment == "production" and missing:
+            raise ValueError(f"ENVIRONMENT=production needs {', '.join(missing)}")
+        return self
+
+    @property
+    def callback_key(self) -> SecretStr | None:
+        """The key that HappyRobot must send with its callbacks, if any."""
+        return self.happyrobot_callback_key or self.happyrobot_x_api_key
+
+    @property
+    def anonymous_allowed(self) -> bool:
+        """Whether requests without credentials are answered."""
+        return self.environment == "development" if self.allow_anonymous is None else self.allow_anonymous
+
+    @property
+    def callback_url(self) -> str:
+        """Where HappyRobot is told to send its callbacks."""
+        return f"{self.app_url or f'http://127.0.0.1:{self.port}'}/api/webhooks/happyrobot"
+
+
+def _settings(connection: HTTPConnection) -> Settings:
+    settings: Settings = connection.state.settings
+    return settings
+
+
+CurrentSettings = Annotated[Settings, Depends(_settings)]

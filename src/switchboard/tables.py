@@ -1,0 +1,147 @@
+"""Every table, on one page. `migrations/` builds the same; a test compares the two."""
+
+from enum import StrEnum
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Identity,
+    Index,
+    MetaData,
+    String,
+    Table,
+    Text,
+    Uuid,
+    false,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSON, JSONB
+
+
+class RunStatus(StrEnum):
+    """Where a run stands, in the guide's words."""
+
+    PENDING = "PENDING"  # queued at HappyRobot
+    RUNNING = "RUNNING"  # under way; every new run is taken to be
+    COMPLETED = "COMPLETED"  # over, as wished
+    FAILED = "FAILED"  # over, by an error or by our timeout
+    CANCELED = "CANCELED"  # over, because somebody stopped it or HappyRobot skipped it
+
+
+FINAL = frozenset({RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELED})
+"""The statuses of a run that is over."""
+
+
+class ExecutionStatus(StrEnum):
+    """Where a request to start a workflow stands, in the Public API's words."""
+
+    PENDING = "pending"  # stored; HappyRobot has not answered yet
+    SUBMISSION_UNKNOWN = "submission_unknown"  # HappyRobot may have started it, nobody knows; never sent again
+    RUNNING = "running"  # HappyRobot named its runs
+    COMPLETED = "completed"  # all its runs are over, none failed
+    FAILED = "failed"  # HappyRobot refused it, or one of its runs failed
+    CANCELLED = "cancelled"  # all its runs were canceled
+
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "uq": "%(table_name)s_%(column_0_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s",
+        "ix": "idx_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+
+def _now() -> Column[object]:
+    return Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now())
+
+
+# The guide's table, under the guide's names. Every further column has a default or may be empty, so that an
+# INSERT that knows only the guide's columns works.
+agent_runs = Table(
+    "agent_runs",
+    metadata,
+    Column("id", BigInteger, Identity(), primary_key=True),
+    Column("run_id", String(255), nullable=False, unique=True),
+    Column("context_id", String(255), nullable=False),
+    Column("name", String(255)),
+    Column("description", Text),
+    Column("status", String(50), nullable=False, server_default=RunStatus.PENDING),
+    # `result` and `error` live here, and whatever else a foreign INSERT put in. Logs are rows of `run_events`.
+    Column("metadata", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    _now(),
+    # When the run itself last changed. Its last sign of life is its newest event.
+    Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("workflow_id", String(255), nullable=False, server_default="default"),
+    Column("execution_id", Uuid),
+    Column("completed_at", DateTime(timezone=True)),
+    # FAILED by our own timeout: a guess, which HappyRobot's word replaces.
+    Column("timed_out", Boolean, nullable=False, server_default=false()),
+    CheckConstraint(f"status IN ({', '.join(repr(str(status)) for status in RunStatus)})", name="status_known"),
+    Index("idx_agent_runs_context", "context_id"),
+    Index("idx_agent_runs_status", "status"),
+    Index("idx_agent_runs_newest", "created_at", "id"),
+    Index("idx_agent_runs_context_newest", "context_id", "created_at", "id"),
+    Index("idx_agent_runs_execution", "execution_id"),
+)
+
+# One request to start a workflow, stored before HappyRobot is called.
+executions = Table(
+    "executions",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("workflow_id", String(255), nullable=False),
+    Column("context_id", String(255), nullable=False),
+    Column("name", String(255)),
+    Column("description", Text),
+    Column("status", String(50), nullable=False, server_default=ExecutionStatus.PENDING),
+    Column("input", JSONB, nullable=False),
+    Column("error", Text),
+    _now(),
+    Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("completed_at", DateTime(timezone=True)),
+    Index("idx_executions_status", "status", "created_at"),
+)
+
+# What happened, in the order in which readers may see it: ids grow in the order of commits (see runs/ingest.py).
+# No foreign key to the run: its check would lock and rewrite the run's row with every event.
+run_events = Table(
+    "run_events",
+    metadata,
+    Column("id", BigInteger, Identity(), primary_key=True),
+    Column("run_id", String(255), nullable=False),
+    Column("context_id", String(255), nullable=False),
+    Column("event_type", String(255), nullable=False),
+    # The run's status once this event had been taken in.
+    Column("status", String(50), nullable=False),
+    # `json` and not `jsonb`: nobody searches in it, and what HappyRobot sent comes back as it was written.
+    Column("data", JSON(none_as_null=True)),
+    Column("occurred_at", DateTime(timezone=True)),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    Column("dedupe_key", Uuid, unique=True),
+    Index("idx_run_events_run", "run_id", "id"),
+    Index("idx_run_events_context", "context_id", "id"),
+)
+
+# Callbacks of runs that are not known yet; claimed when the run's row is written, dropped after a day.
+held_callbacks = Table(
+    "held_callbacks",
+    metadata,
+    Column("id", BigInteger, Identity(), primary_key=True),
+    Column("run_id", String(255), nullable=False),
+    Column("execution_id", String(255)),
+    Column("event_type", String(255), nullable=False),
+    # What it says about the run, if anything.
+    Column("status", String(50)),
+    Column("data", JSON(none_as_null=True)),
+    Column("occurred_at", DateTime(timezone=True)),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    Column("dedupe_key", Uuid, unique=True),
+    Index("idx_held_callbacks_run", "run_id", "id"),
+    Index("idx_held_callbacks_created", "created_at"),
+)
