@@ -17,6 +17,7 @@ from switchboard.live import stream
 from switchboard.live.announcer import Announcer
 from switchboard.live.hub import Hub
 from switchboard.runs import routes
+from switchboard.runs.intake import Intake
 from switchboard.settings import Settings
 
 
@@ -28,6 +29,7 @@ class State(TypedDict):
     happyrobot: HappyRobot
     hub: Hub
     announcer: Announcer
+    intake: Intake
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -56,7 +58,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             stack.push_async_callback(subscriber.aclose)
             hub = await stack.enter_async_context(Hub(db, subscriber).running())
             announcer = await stack.enter_async_context(Announcer(publisher, hub.look).running())
-            yield State(settings=settings, db=db, happyrobot=happyrobot, hub=hub, announcer=announcer)
+            intake = await stack.enter_async_context(Intake(db, announcer).running())
+            yield State(settings=settings, db=db, happyrobot=happyrobot, hub=hub, announcer=announcer, intake=intake)
 
     app = FastAPI(
         title="Switchboard",

@@ -26,8 +26,8 @@ def _without_nul(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_without_nul)]
-ShortText = Annotated[Text, StringConstraints(max_length=255)]
-Id = Annotated[ShortText, StringConstraints(min_length=1)]
+ShortText = Annotated[str, StringConstraints(max_length=255), AfterValidator(_without_nul)]
+Id = Annotated[str, StringConstraints(min_length=1, max_length=255), AfterValidator(_without_nul)]
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -7,11 +7,10 @@ from fastapi import APIRouter, Depends, Header, Request
 from pydantic import BaseModel, Field
 
 from switchboard import bodies
-from switchboard.database import Db
 from switchboard.errors import NotFound, Unauthorized, described
 from switchboard.happyrobot.payloads import CallbackIn, read_callback
-from switchboard.live.announcer import CurrentAnnouncer
-from switchboard.runs.ingest import Duplicate, Held, take
+from switchboard.runs.ingest import Duplicate, Held
+from switchboard.runs.intake import CurrentIntake
 from switchboard.settings import CurrentSettings
 
 router = APIRouter(tags=["callbacks"])
@@ -57,8 +56,7 @@ async def _from_happyrobot(
 )
 async def receive(
     request: Request,
-    db: Db,
-    announcer: CurrentAnnouncer,
+    intake: CurrentIntake,
     x_webhook_id: Annotated[str | None, Header(description="The same for every copy of a callback.")] = None,
 ) -> CallbackOut:
     """Appends the event to its run's timeline and moves the run. Answered once that is committed.
@@ -67,7 +65,7 @@ async def receive(
     """
     raw = await bodies.read(request)
     event = read_callback(bodies.parse(raw), raw, x_webhook_id)
-    [outcome] = await take(db, announcer, [event])
+    outcome = await intake.take(event)
     if isinstance(outcome, Held):
         raise NotFound("Run not found")
     if isinstance(outcome, Duplicate):

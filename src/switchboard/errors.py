@@ -96,7 +96,8 @@ def _first_complaint(error: RequestValidationError) -> str:
     return f"{name}: {complaint['msg']}"
 
 
-def _means_that_postgres_is_away(error: Exception) -> bool:
+def postgres_is_away(error: Exception) -> bool:
+    """Whether an error says that there is no connection, and not that a statement was wrong."""
     return isinstance(error, (OperationalError, InterfaceError, PoolTimeout, OSError)) or (
         isinstance(error, DBAPIError) and error.connection_invalidated
     )
@@ -123,7 +124,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(PoolTimeout)
     @app.exception_handler(OSError)
     async def _(_: Request, error: Exception) -> Response:
-        if not _means_that_postgres_is_away(error):
+        if not postgres_is_away(error):
             raise error
         log.warning("PostgreSQL is away: %s", type(error).__name__)
         return _answer(503, "Database unavailable")

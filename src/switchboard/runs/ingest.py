@@ -25,10 +25,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.events import Event, NewEvent
-from switchboard.live.announcer import Announcer
 from switchboard.runs.status import Standing, advance, execution_status, timed_out
 from switchboard.tables import ExecutionStatus, RunStatus, agent_runs, executions, held_callbacks, run_events
 
@@ -110,14 +109,6 @@ class _Run:
 _KEPT_AS = {RunStatus.COMPLETED: "result", RunStatus.FAILED: "error"}
 
 
-async def take(db: AsyncEngine, announcer: Announcer, news: Sequence[NewEvent]) -> list[Outcome]:
-    """Writes events in one transaction, then announces them; one outcome each, in their order."""
-    async with db.begin() as conn:
-        outcomes = await record(conn, news)
-    announcer.announce([outcome.event for outcome in outcomes if isinstance(outcome, Recorded)])
-    return outcomes
-
-
 async def record(conn: AsyncConnection, news: Sequence[NewEvent]) -> list[Outcome]:
     """Appends events and moves their runs, in the caller's transaction.
 
@@ -176,33 +167,36 @@ async def register(conn: AsyncConnection, new: NewRuns) -> list[Event]:
     return events
 
 
+_LOAD_RUNS = select(
+    agent_runs.c.run_id,
+    agent_runs.c.context_id,
+    agent_runs.c.execution_id,
+    agent_runs.c.status,
+    agent_runs.c.timed_out,
+    agent_runs.c.metadata.has_key("result").label("has_result"),
+    agent_runs.c.metadata.has_key("error").label("has_error"),
+).where(agent_runs.c.run_id == any_(bindparam("run_ids", type_=ARRAY(String))))
+
+
 async def _load_runs(conn: AsyncConnection, run_ids: Collection[str]) -> dict[str, _Run]:
-    rows = await conn.execute(
-        select(
-            agent_runs.c.run_id,
-            agent_runs.c.context_id,
-            agent_runs.c.execution_id,
-            agent_runs.c.status,
-            agent_runs.c.timed_out,
-            agent_runs.c.metadata.has_key("result").label("has_result"),
-            agent_runs.c.metadata.has_key("error").label("has_error"),
-        ).where(agent_runs.c.run_id == any_(literal(list(run_ids), ARRAY(String))))
-    )
     runs = {}
-    for row in rows:
+    for row in await conn.execute(_LOAD_RUNS, {"run_ids": list(run_ids)}):
         standing = Standing(RunStatus(row.status), row.timed_out)
         known = {name for name, there in (("result", row.has_result), ("error", row.has_error)) if there}
         runs[row.run_id] = _Run(row.run_id, row.context_id, row.execution_id, standing, standing, known)
     return runs
 
 
+_SEEN = select(run_events.c.dedupe_key).where(run_events.c.dedupe_key == any_(bindparam("keys", type_=ARRAY(Uuid))))
+
+
 async def _seen(conn: AsyncConnection, news: Sequence[NewEvent]) -> set[UUID]:
     """Which of these events' copies are in the timeline already."""
     keys = [event.dedupe_key for event in news if event.dedupe_key is not None]
-    if not keys:
-        return set()
-    key = run_events.c.dedupe_key
-    return set(await conn.scalars(select(key).where(key == any_(literal(keys, ARRAY(Uuid))))))
+    return set(await conn.scalars(_SEEN, {"keys": keys})) if keys else set()
+
+
+_APPEND = insert(run_events).returning(run_events, sort_by_parameter_order=True)
 
 
 async def _append(conn: AsyncConnection, runs: dict[str, _Run], news: Sequence[NewEvent]) -> list[Event]:
@@ -223,7 +217,7 @@ async def _append(conn: AsyncConnection, runs: dict[str, _Run], news: Sequence[N
                 "dedupe_key": event.dedupe_key,
             }
         )
-    written = await conn.execute(insert(run_events).returning(run_events, sort_by_parameter_order=True), rows)
+    written = await conn.execute(_APPEND, rows)
     events = [Event.of(row) for row in written]
     await _move_runs(conn, [run for run in runs.values() if run.changed])
     return events
@@ -235,7 +229,7 @@ _MOVE_RUN = (
     .values(
         status=bindparam("new_status"),
         timed_out=bindparam("guessed"),
-        metadata=(agent_runs.c.metadata - bindparam("lost", type_=ARRAY(Text))).concat(
+        metadata=agent_runs.c.metadata.op("-", return_type=JSONB())(bindparam("lost", type_=ARRAY(Text))).concat(
             bindparam("gained", type_=JSONB)
         ),
         completed_at=case((bindparam("over", type_=Boolean), func.coalesce(agent_runs.c.completed_at, func.now()))),

@@ -108,7 +108,11 @@ async def metadata_of(conn: AsyncConnection, runs: Sequence[Row[Any]]) -> dict[s
     if not runs:
         return {}
     most = min(MAX_LOGS, _LOGS_IN_A_LIST // len(runs))
-    wanted = func.unnest(literal([run.run_id for run in runs], ARRAY(String))).table_valued("run_id").render_derived("wanted")
+    wanted = (
+        func.unnest(literal([run.run_id for run in runs], ARRAY(String)))
+        .table_valued("run_id")
+        .render_derived("wanted")
+    )
     newest = (
         select(run_events.c.id, func.coalesce(run_events.c.data, literal_column("'null'::json")).label("data"))
         .where(run_events.c.run_id == wanted.c.run_id, run_events.c.event_type == "log")

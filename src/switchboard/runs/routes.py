@@ -16,7 +16,7 @@ from switchboard.errors import NotFound, described
 from switchboard.events import Event, NewEvent, Scope, Timestamp, read_events
 from switchboard.happyrobot.client import CurrentHappyRobot, platform_url
 from switchboard.live.announcer import CurrentAnnouncer
-from switchboard.runs.ingest import take
+from switchboard.runs.intake import CurrentIntake
 from switchboard.runs.queries import Cursor, Filter, find_run, list_runs, metadata_of
 from switchboard.runs.trigger import TriggerIn, TriggerOut, start
 from switchboard.settings import CurrentSettings, Settings
@@ -120,7 +120,7 @@ async def trigger(
 async def status(
     db: Db,
     happyrobot: CurrentHappyRobot,
-    announcer: CurrentAnnouncer,
+    intake: CurrentIntake,
     settings: CurrentSettings,
     run_id: Annotated[Id, Query()],
 ) -> StatusOut:
@@ -132,7 +132,7 @@ async def status(
         if word is not None:
             source = "happyrobot"
             if word != run.status:
-                await take(db, announcer, [NewEvent(run_id, "status", {"status": word.lower()}, word)])
+                await intake.take(NewEvent(run_id, "status", {"status": word.lower()}, word))
                 run = await _find(db, run_id)
     fields: dict[str, Any] = {
         "run_id": run.run_id,

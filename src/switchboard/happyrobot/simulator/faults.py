@@ -1,0 +1,83 @@
+"""What can be made to go wrong with a simulated call."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+NAMED_ANSWERS = ("garbage", "empty", "no_runs")
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    duplicate: bool = False  # every callback is sent twice, both copies at the same instant
+    reorder: bool = False  # callbacks wait until the run is over, then go out shuffled, the final one not last
+    delay: float = 0.0  # seconds added before each callback
+    drop_final: bool = False  # the final callback is never sent
+    call_back_first: bool = False  # the first callback arrives before the trigger is answered
+    # How the trigger is answered: an HTTP status (and no run), "no_runs" (200, and no run), or "garbage" or
+    # "empty" (200, and the call goes ahead).
+    answer: str | None = None
+    hang: bool = False  # the call goes ahead, the trigger is never answered
+    disconnect: bool = False  # the call goes ahead, the connection breaks within the answer
+    fail: bool = False  # the call ends `failed`
+
+    @classmethod
+    def parse(cls, text: str) -> "Faults":
+        """From a command line: `duplicate,delay=2,answer=500`."""
+        given: dict[str, object] = {}
+        for word in filter(None, map(str.strip, text.split(","))):
+            name, has_value, value = word.partition("=")
+            given[name.strip().replace("-", "_")] = value.strip() if has_value else True
+        return cls.read(given)
+
+    @classmethod
+    def read(cls, given: object) -> "Faults":
+        """From JSON: the text that `parse` takes, or an object such as `{"duplicate": true, "delay": 2}`."""
+        if isinstance(given, str):
+            return cls.parse(given)
+        if not isinstance(given, Mapping):
+            raise ValueError("faults must be a text or an object")  # noqa: TRY004 -- bad input, not a bug
+        return cls(**{name: _value(name, value) for name, value in given.items()})
+
+
+def _value(name: str, value: object) -> Any:
+    match name:
+        case "delay":
+            return _seconds(value)
+        case "answer":
+            return _answer(value)
+        case "duplicate" | "reorder" | "drop_final" | "call_back_first" | "hang" | "disconnect" | "fail":
+            return _switch(name, value)
+        case _:
+            raise ValueError(f"unknown fault: {name}")
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            seconds = float(value)
+        except (ValueError, OverflowError):
+            seconds = math.nan
+        if 0 <= seconds < math.inf:
+            return seconds
+    raise ValueError(f"delay must be a number of seconds, not {value!r}")
+
+
+def _answer(value: object) -> str | None:
+    if value is None:
+        return None
+    text = str(value)
+    if text in NAMED_ANSWERS:
+        return text
+    if text.isdecimal() and 400 <= int(text) <= 599:  # noqa: PLR2004 -- the statuses that refuse
+        return text
+    raise ValueError(f"answer must be a status from 400 to 599, {', '.join(NAMED_ANSWERS)}, not {value!r}")
+
+
+def _switch(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if value in ("true", "false"):
+        return value == "true"
+    raise ValueError(f"{name} is either true or false, not {value!r}")

@@ -1,0 +1,95 @@
+"""What arrives at a hook, what it asks for, and how it is answered."""
+
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from switchboard.happyrobot.simulator.faults import Faults
+from switchboard.happyrobot.simulator.story import Outcome
+
+HOOKS = {
+    "/hooks/{slug}": "production",
+    "/hooks/staging/{slug}": "staging",
+    "/hooks/development/{slug}": "development",
+    "/webhook/{slug}": "production",  # as older instructions write it
+}
+HEADERS_OF_INTEREST = ("content-type", "idempotency-key", "user-agent", "x-api-key", "x-request-id")
+MOST_RUNS = 100
+
+
+@dataclass(slots=True)
+class Call:
+    """One request to a hook, accepted or refused."""
+
+    slug: str
+    environment: str
+    headers: dict[str, str]
+    at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    payload: dict[str, Any] | None = None  # None: no JSON object, or not read because the key was wrong
+    run_ids: list[str] = field(default_factory=list)
+    status: int | None = None  # None: not answered, or not in full
+
+    @classmethod
+    def of(cls, request: Request, environment: str) -> "Call":
+        headers = {name: request.headers[name] for name in HEADERS_OF_INTEREST if name in request.headers}
+        return cls(request.path_params["slug"], environment, headers)
+
+    def shown(self) -> dict[str, Any]:
+        """For others to see: without the key itself, which may be a real one."""
+        shown = asdict(self) | {"at": self.at.isoformat()}
+        if "x-api-key" in shown["headers"]:
+            shown["headers"]["x-api-key"] = "***"
+        return shown
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a payload's own `simulate` asks for; whatever it leaves out is as the simulator is set."""
+
+    runs: int
+    outcome: Outcome
+    faults: Faults
+
+    @classmethod
+    def of(cls, payload: dict[str, Any], usual: Faults) -> "Wishes":
+        given = payload.get("simulate", {})
+        if not isinstance(given, dict):
+            raise HTTPException(400, "simulate must be an object")
+        try:
+            faults = Faults.read(given["faults"]) if "faults" in given else usual
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+        runs = given.get("runs", 1)
+        if type(runs) is not int or not 1 <= runs <= MOST_RUNS:
+            raise HTTPException(400, f"simulate.runs must be a number from 1 to {MOST_RUNS}")
+        outcome = given.get("outcome", "failed" if faults.fail else "completed")
+        if outcome not in ("completed", "failed", "canceled"):
+            raise HTTPException(400, "simulate.outcome must be completed, failed or canceled")
+        return cls(runs, outcome, faults)
+
+
+def queued(faults: Faults, run_ids: list[str], afterwards: BackgroundTask) -> Response:
+    """The answer to a trigger whose runs exist, well-formed or not."""
+    if faults.answer == "garbage":
+        return PlainTextResponse("<html>queued", background=afterwards)
+    if faults.answer == "empty":
+        return Response(background=afterwards)
+    status = f"queued {len(run_ids)} parallel sequences, 0 failed"
+    return JSONResponse({"queued_run_ids": run_ids, "status": status}, background=afterwards)
+
+
+class Broken(Response):
+    """An answer that begins, and whose connection then breaks."""
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"100")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        # A server closes the connection on this; a client wired straight to the app sees this very error.
+        raise httpx.ReadError("the simulator broke the connection")

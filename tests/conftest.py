@@ -1,0 +1,259 @@
+"""Real servers for the tests: PostgreSQL and Valkey, a service over HTTP, HappyRobot's simulator."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+from uuid import uuid4
+
+import asyncpg
+import httpx
+import pytest
+import uvicorn
+from httpx_sse import aconnect_sse
+from sqlalchemy import Table, func, select, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from switchboard import database, embedded, local
+from switchboard.app import create_app
+from switchboard.happyrobot.simulator import Simulator
+from switchboard.live.announcer import Announcer
+from switchboard.live.hub import Hub
+from switchboard.migrate import migrate
+from switchboard.settings import Settings
+
+HOOK_KEY = "hook-key-of-the-tests"
+API_KEY = "api-key-of-the-tests"
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@dataclass(frozen=True)
+class Servers:
+    database_url: str
+    redis_url: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_environment() -> Iterator[None]:
+    """Tests say what the settings are; the developer's own environment does not."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.lower() in Settings.model_fields:
+                patch.delenv(name)
+        patch.setitem(Settings.model_config, "env_file", None)
+        yield
+
+
+_GIVEN = Servers(os.environ.get("DATABASE_URL", ""), os.environ.get("REDIS_URL", ""))
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[Servers]:
+    """`DATABASE_URL` and `REDIS_URL` where both are set, embedded servers otherwise; all workers share them."""
+    if _GIVEN.database_url and _GIVEN.redis_url:
+        yield _GIVEN
+        return
+    folder = tmp_path_factory.getbasetemp()
+    # The workers of a parallel run have a folder each, side by side.
+    shared = folder if worker_id == "master" else folder.parent
+    with embedded.running(shared / "servers") as started:
+        # Nobody pulls the plug on a test.
+        asyncio.run(run_sql(started.database_url, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()"))
+        yield Servers(started.database_url, started.redis_url)
+
+
+def with_database(url: str, name: str) -> str:
+    """The same server's other database."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+async def run_sql(url: str, *statements: str) -> None:
+    connection = await asyncpg.connect(database.dsn(url))
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+@pytest.fixture(scope="session")
+def template(servers: Servers) -> Iterator[str]:
+    """A migrated database to clone."""
+    name = f"template_{uuid4().hex}"
+    asyncio.run(run_sql(servers.database_url, f"CREATE DATABASE {name}"))
+    asyncio.run(migrate(with_database(servers.database_url, name)))
+    yield name
+    asyncio.run(run_sql(servers.database_url, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@contextlib.asynccontextmanager
+async def new_database(servers: Servers, template: str = "template1") -> AsyncIterator[str]:
+    name = f"test_{uuid4().hex}"
+    await run_sql(servers.database_url, f"CREATE DATABASE {name} TEMPLATE {template}")
+    try:
+        yield with_database(servers.database_url, name)
+    finally:
+        await run_sql(servers.database_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+# One database, simulator and service for all tests of a worker: tests keep apart by the ids that they draw.
+# Who needs other settings, or a database to itself, makes them with the functions here.
+
+
+@pytest.fixture(scope="session")
+async def database_url(servers: Servers, template: str) -> AsyncIterator[str]:
+    """A database at the newest schema."""
+    async with new_database(servers, template) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+async def db(database_url: str) -> AsyncIterator[AsyncEngine]:
+    engine = database.connect(database_url)
+    yield engine
+    await engine.dispose()
+
+
+@dataclass
+class Upstream:
+    """The simulator, served over HTTP."""
+
+    simulator: Simulator
+    url: str
+
+
+@contextlib.asynccontextmanager
+async def serving(build: Callable[[int], Any]) -> AsyncIterator[tuple[str, uvicorn.Server]]:
+    """Serves the ASGI application that is built for a free port, in this event loop."""
+    with local.listening(local.LOOPBACK, 0) as listener:
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(uvicorn.Config(build(port), log_level="warning", timeout_graceful_shutdown=5))
+        # Without the signal handlers of `serve`, which are the process's.
+        task = asyncio.create_task(server._serve([listener]))
+        try:
+            while not server.started:
+                assert not task.done(), "the server did not start"
+                await asyncio.sleep(0.005)
+            yield f"http://127.0.0.1:{port}", server
+        finally:
+            server.should_exit = True
+            await task
+
+
+@pytest.fixture(scope="session")
+async def upstream() -> AsyncIterator[Upstream]:
+    simulator = Simulator(hook_key=HOOK_KEY, api_key=API_KEY, pace=0.002)
+    async with serving(lambda _: simulator.app) as (url, _):
+        yield Upstream(simulator, url)
+
+
+def settings_for(database_url: str, redis_url: str, upstream_url: str | None, **more: Any) -> Settings:
+    values: dict[str, Any] = {
+        "database_url": database_url,
+        "redis_url": redis_url,
+        "happyrobot_webhook_url": f"{upstream_url or 'http://127.0.0.1:1'}/hooks/test",
+        "happyrobot_x_api_key": HOOK_KEY,
+        "happyrobot_api_url": f"{upstream_url or 'http://127.0.0.1:1'}/api/v1",
+        "happyrobot_api_key": API_KEY,
+    }
+    return Settings(**(values | more))
+
+
+@dataclass
+class Service:
+    """Switchboard, served over HTTP, with a client for it."""
+
+    url: str
+    http: httpx.AsyncClient
+    hub: Hub
+    announcer: Announcer
+
+    async def callback(self, run_id: str, event_type: str, data: Any = None, **more: Any) -> httpx.Response:
+        """Sends a callback as HappyRobot does; without a timestamp, so that no two are copies."""
+        body = {"run_id": run_id, "event_type": event_type, "data": data} | more
+        headers = {"X-API-KEY": HOOK_KEY}
+        return await self.http.post("/api/webhooks/happyrobot", json=body, headers=headers)
+
+    async def run(self, run_id: str) -> dict[str, Any]:
+        answer = await self.http.get(f"/api/happyrobot/runs/{run_id}")
+        answer.raise_for_status()
+        found: dict[str, Any] = answer.json()
+        return found
+
+    @contextlib.asynccontextmanager
+    async def stream(self, last_event_id: int | str | None = None, **params: str) -> AsyncIterator[AsyncIterator[Any]]:
+        """Follows events; yields them parsed. The `end` of a run's stream comes as the string "end"."""
+        headers = {} if last_event_id is None else {"Last-Event-ID": str(last_event_id)}
+        async with aconnect_sse(self.http, "GET", "/api/events", params=params, headers=headers) as source:
+            source.response.raise_for_status()
+
+            async def events() -> AsyncIterator[Any]:
+                async for sse in source.aiter_sse():
+                    if sse.event == "end":
+                        yield "end"
+                    elif sse.data:
+                        assert sse.event == "message", "named events are not seen by onmessage"
+                        assert sse.id == str(sse.json()["id"])
+                        yield sse.json()
+
+            stream = events()
+            yield stream
+            await stream.aclose()  # type: ignore[attr-defined]
+
+
+@contextlib.asynccontextmanager
+async def running_service(settings: Settings) -> AsyncIterator[Service]:
+    """A service with these settings; callbacks come to its own address."""
+
+    def build(port: int) -> Any:
+        return create_app(settings.model_copy(update={"port": port}))
+
+    async with serving(build) as (url, server):
+        state = server.lifespan.state
+        async with httpx.AsyncClient(base_url=url, timeout=20, limits=httpx.Limits(max_connections=200)) as http:
+            yield Service(url, http, state["hub"], state["announcer"])
+        # What a signal makes sse-starlette do.
+        state["hub"].close()
+
+
+@pytest.fixture(scope="session")
+async def service(database_url: str, servers: Servers, upstream: Upstream) -> AsyncIterator[Service]:
+    """The service, with the simulator upstream."""
+    async with running_service(settings_for(database_url, servers.redis_url, upstream.url)) as service:
+        yield service
+
+
+@pytest.fixture
+def context_id() -> str:
+    return f"order_{uuid4().hex}"
+
+
+@pytest.fixture
+async def run_id(db: AsyncEngine, context_id: str) -> str:
+    """A run under way, as the guide's own code would insert it."""
+    return await insert_run(db, context_id)
+
+
+async def insert_run(db: AsyncEngine, context_id: str, status: str = "RUNNING") -> str:
+    run_id = f"run_{uuid4().hex}"
+    async with db.begin() as conn:
+        await conn.execute(
+            text(
+                "INSERT INTO agent_runs (run_id, context_id, name, status) VALUES (:run_id, :context_id, 'A', :status)"
+            ),
+            {"run_id": run_id, "context_id": context_id, "status": status},
+        )
+    return run_id
+
+
+async def rows_of(db: AsyncEngine, table: Table, run_id: str) -> int:
+    """How many rows of a table are about a run."""
+    async with db.connect() as conn:
+        return await conn.scalar(select(func.count()).select_from(table).where(table.c.run_id == run_id)) or 0
