@@ -209,11 +209,13 @@ class Service:
 
 
 @contextlib.asynccontextmanager
-async def running_service(settings: Settings) -> AsyncIterator[Service]:
+async def running_service(
+    settings: Settings, upstream: httpx.AsyncBaseTransport | None = None
+) -> AsyncIterator[Service]:
     """A service with these settings; callbacks come to its own address."""
 
     def build(port: int) -> Any:
-        return create_app(settings.model_copy(update={"port": port}))
+        return create_app(settings.model_copy(update={"port": port}), upstream=upstream)
 
     async with serving(build) as (url, server):
         state = server.lifespan.state

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypedDict
 
+import httpx
 from fastapi import FastAPI
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -32,8 +33,11 @@ class State(TypedDict):
     intake: Intake
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """The service as an ASGI application. Reads the environment unless it is given its settings."""
+def create_app(settings: Settings | None = None, *, upstream: httpx.AsyncBaseTransport | None = None) -> FastAPI:
+    """The service as an ASGI application. Reads the environment unless it is given its settings.
+
+    `upstream` takes the place of the network on the way to HappyRobot.
+    """
     settings = settings or Settings()
     if settings.database_url is None or settings.redis_url is None:
         raise ValueError("DATABASE_URL and REDIS_URL are needed; `switchboard serve` brings its own servers")
@@ -44,7 +48,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         async with AsyncExitStack() as stack:
             db = database.connect(database_url)
             stack.push_async_callback(db.dispose)
-            happyrobot = HappyRobot(settings)
+            happyrobot = HappyRobot(settings, upstream)
             stack.push_async_callback(happyrobot.aclose)
             # One retry: the pool may hold a connection that a restart of Redis has cut.
             publisher = Redis.from_url(

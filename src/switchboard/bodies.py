@@ -7,9 +7,9 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
-from pydantic_core import from_json
+from pydantic_core import PydanticCustomError, from_json
 
-from switchboard.errors import BadRequest, TooLarge
+from switchboard.errors import BadRequest, TooLarge, complaint
 
 MAX_BODY = 1_000_000
 """Bytes; a body of this size or more is refused."""
@@ -21,7 +21,7 @@ _SUSPICIOUS = re.compile(rb"\\u0000|[eE]\+?\d{3}|\d{300}")
 
 def _without_nul(value: str) -> str:
     if "\x00" in value:
-        raise ValueError("must not contain a NUL character")
+        raise PydanticCustomError("nul_character", "must not contain a NUL character")
     return value
 
 
@@ -79,12 +79,7 @@ def check(model: type[Model], value: Any) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        complaint = error.errors(include_url=False, include_input=False)[0]
-        name = ".".join(map(str, complaint["loc"]))
-        # The guide's own words for a field that is not there.
-        if complaint["type"] == "missing" or complaint["type"] == "string_too_short":
-            raise BadRequest(f"{name} required") from error
-        raise BadRequest(f"{name}: {complaint['msg']}") from error
+        raise BadRequest(complaint(error.errors(include_url=False, include_input=False))) from error
 
 
 async def _json_body(request: Request) -> Any:

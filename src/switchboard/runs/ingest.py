@@ -18,9 +18,11 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    literal_column,
     null,
     select,
     text,
+    type_coerce,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -167,14 +169,19 @@ async def register(conn: AsyncConnection, new: NewRuns) -> list[Event]:
     return events
 
 
+# A foreign INSERT may have stored any JSON.
+_METADATA = case(
+    (func.jsonb_typeof(agent_runs.c.metadata) == "object", agent_runs.c.metadata), else_=literal_column("'{}'::jsonb")
+)
+
 _LOAD_RUNS = select(
     agent_runs.c.run_id,
     agent_runs.c.context_id,
     agent_runs.c.execution_id,
     agent_runs.c.status,
     agent_runs.c.timed_out,
-    agent_runs.c.metadata.has_key("result").label("has_result"),
-    agent_runs.c.metadata.has_key("error").label("has_error"),
+    type_coerce(_METADATA, JSONB).has_key("result").label("has_result"),
+    type_coerce(_METADATA, JSONB).has_key("error").label("has_error"),
 ).where(agent_runs.c.run_id == any_(bindparam("run_ids", type_=ARRAY(String))))
 
 
@@ -229,7 +236,7 @@ _MOVE_RUN = (
     .values(
         status=bindparam("new_status"),
         timed_out=bindparam("guessed"),
-        metadata=agent_runs.c.metadata.op("-", return_type=JSONB())(bindparam("lost", type_=ARRAY(Text))).concat(
+        metadata=_METADATA.op("-", return_type=JSONB())(bindparam("lost", type_=ARRAY(Text))).concat(
             bindparam("gained", type_=JSONB)
         ),
         completed_at=case((bindparam("over", type_=Boolean), func.coalesce(agent_runs.c.completed_at, func.now()))),

@@ -1,0 +1,123 @@
+"""The environment, read into settings."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from switchboard import database
+from switchboard.app import create_app
+from switchboard.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+PRODUCTION = {
+    "environment": "production",
+    "database_url": "postgresql://db/x",
+    "redis_url": "redis://cache",
+    "happyrobot_webhook_url": "https://workflows.platform.happyrobot.ai/hooks/x",
+    "happyrobot_x_api_key": "k",
+    "app_url": "https://calls.example.com",
+}
+
+
+def test_every_setting_is_in_the_example_and_in_the_readme():
+    names = {name.upper() for name in Settings.model_fields}
+    example = (ROOT / ".env.example").read_text()
+    assert set(re.findall(r"^#? ?([A-Z][A-Z0-9_]+)=", example, re.MULTILINE)) == names
+    readme = (ROOT / "README.md").read_text()
+    assert {name for name in names if f"`{name}`" in readme} == names
+
+
+def test_every_setting_says_what_it_is_for():
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_the_example_can_be_used_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    assert Settings(_env_file=ROOT / ".env.example") == Settings()  # type: ignore[call-arg]
+
+
+def test_the_environment_is_read_and_empty_counts_as_unset(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CORS_ORIGINS", "https://a.example, https://b.example,")
+    monkeypatch.setenv("HAPPYROBOT_API_KEY", "")
+    monkeypatch.setenv("APP_URL", "https://calls.example.com/")
+    monkeypatch.setenv("STALE_AFTER", "60")
+    settings = Settings()
+    assert settings.cors_origins == ("https://a.example", "https://b.example")
+    assert settings.happyrobot_api_key is None
+    assert settings.callback_url == "https://calls.example.com/api/webhooks/happyrobot"
+    assert settings.stale_after == 60
+
+
+def test_settings_do_not_change_and_do_not_tell_secrets():
+    settings = Settings(happyrobot_x_api_key="very-secret")
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.port = 1  # type: ignore[misc]
+    assert "very-secret" not in repr(settings)
+
+
+def test_a_wrong_setting_is_named_and_its_value_kept_quiet():
+    with pytest.raises(ValidationError) as error:
+        Settings(happyrobot_webhook_url="ftp://user:very-secret@host/")
+    assert "happyrobot_webhook_url" in str(error.value)
+    assert "very-secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"port": 70000}, {"port": -1}, {"stale_after": 0}, {"retention_days": 0}, {"environment": "staging"}]
+)
+def test_nonsense_is_refused(wrong: dict[str, Any]):
+    with pytest.raises(ValidationError):
+        Settings(**wrong)
+
+
+def test_the_callback_key_is_the_hooks_unless_set():
+    one = Settings(happyrobot_x_api_key="hook").callback_key
+    other = Settings(happyrobot_x_api_key="hook", happyrobot_callback_key="own").callback_key
+    assert one is not None
+    assert other is not None
+    assert (one.get_secret_value(), other.get_secret_value()) == ("hook", "own")
+    assert Settings().callback_key is None
+
+
+def test_anonymous_requests_are_answered_in_development_only_unless_said_otherwise():
+    assert Settings().anonymous_allowed
+    assert not Settings(allow_anonymous=False).anonymous_allowed
+    assert not Settings(**PRODUCTION).anonymous_allowed
+    assert Settings(**PRODUCTION, allow_anonymous=True).anonymous_allowed
+
+
+@pytest.mark.parametrize("missing", sorted(set(PRODUCTION) - {"environment"}))
+def test_production_says_what_is_missing(missing: str):
+    name = "HAPPYROBOT_CALLBACK_KEY" if missing == "happyrobot_x_api_key" else missing.upper()
+    with pytest.raises(ValidationError, match=f"ENVIRONMENT=production needs {name}"):
+        Settings(**{key: value for key, value in PRODUCTION.items() if key != missing})
+
+
+def test_production_names_everything_that_is_missing_at_once():
+    with pytest.raises(ValidationError, match="DATABASE_URL, REDIS_URL, HAPPYROBOT_WEBHOOK_URL, APP_URL, HAPPYROBOT_C"):
+        Settings(environment="production")
+
+
+def test_the_application_does_not_start_without_servers():
+    with pytest.raises(ValueError, match="DATABASE_URL and REDIS_URL are needed"):
+        create_app(Settings())
+
+
+@pytest.mark.parametrize(
+    ("url", "dsn"),
+    [
+        ("postgres://u:p@host:5433/db", "postgresql://u:p@host:5433/db"),
+        ("postgresql+asyncpg://u:p@host/db", "postgresql://u:p@host/db"),
+        ("postgresql://u@host/db?sslmode=require", "postgresql://u@host/db?sslmode=require"),
+        ("postgresql://u@/db?host=/var/run/pg&port=5432", "postgresql://u@/db?host=%2Fvar%2Frun%2Fpg&port=5432"),
+        ("postgresql://host/db?pgbouncer=true&connection_limit=1&schema=public", "postgresql://host/db"),
+        (
+            "postgresql://host/db?channel_binding=require&sslmode=verify-full",
+            "postgresql://host/db?sslmode=verify-full",
+        ),
+    ],
+)
+def test_database_urls_of_every_kind_are_understood(url: str, dsn: str):
+    assert database.dsn(url) == dsn
