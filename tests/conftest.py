@@ -188,9 +188,9 @@ class Service:
         return found
 
     @contextlib.asynccontextmanager
-    async def stream(self, last_event_id: int | str | None = None, **params: str) -> AsyncIterator[AsyncIterator[Any]]:
+    async def stream(self, resume: int | str | None = None, /, **params: str) -> AsyncIterator[AsyncIterator[Any]]:
         """Follows events; yields them parsed. The `end` of a run's stream comes as the string "end"."""
-        headers = {} if last_event_id is None else {"Last-Event-ID": str(last_event_id)}
+        headers = {} if resume is None else {"Last-Event-ID": str(resume)}
         async with aconnect_sse(self.http, "GET", "/api/events", params=params, headers=headers) as source:
             source.response.raise_for_status()
 

@@ -19,7 +19,10 @@ words = st.none() | st.sampled_from(RunStatus)
 happenings = st.lists(words.map(lambda word: ("word", word)) | st.just(("timeout", None)))
 
 
-def live(start: Standing, what: list[tuple[str, RunStatus | None]]) -> list[Standing]:
+Course = list[tuple[str, RunStatus | None]]
+
+
+def live(start: Standing, what: Course) -> list[Standing]:
     course = [start]
     for kind, word in what:
         course.append(timed_out(course[-1]) if kind == "timeout" else advance(course[-1], word))
@@ -27,14 +30,14 @@ def live(start: Standing, what: list[tuple[str, RunStatus | None]]) -> list[Stan
 
 
 @given(standings, happenings)
-def test_a_run_never_goes_backwards_unless_its_end_was_our_guess(start: Standing, what: list):
+def test_a_run_never_goes_backwards_unless_its_end_was_our_guess(start: Standing, what: Course):
     course = live(start, what)
     for before, after in pairwise(course):
         assert RANK[after.status] >= RANK[before.status] or before.timed_out
 
 
 @given(standings, happenings)
-def test_nothing_moves_a_run_that_is_over_by_happyrobots_word(start: Standing, what: list):
+def test_nothing_moves_a_run_that_is_over_by_happyrobots_word(start: Standing, what: Course):
     course = live(start, what)
     for before, after in pairwise(course):
         if before.over and not before.timed_out:
@@ -42,7 +45,7 @@ def test_nothing_moves_a_run_that_is_over_by_happyrobots_word(start: Standing, w
 
 
 @given(standings, happenings)
-def test_a_guess_is_always_a_failure(start: Standing, what: list):
+def test_a_guess_is_always_a_failure(start: Standing, what: Course):
     assert all(standing.status is F for standing in live(start, what) if standing.timed_out)
 
 

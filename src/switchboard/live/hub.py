@@ -127,6 +127,10 @@ class Hub:
         for follower in self._followers:
             follower.close()
 
+    def hear(self, message: bytes) -> None:
+        """Takes a message of the announcer's, in whatever order they come."""
+        self._inbox.put_nowait(message)
+
     def look(self) -> None:
         """Makes the hub look into PostgreSQL now."""
         self._inbox.put_nowait(b"")
@@ -178,7 +182,7 @@ class Hub:
                 continue
             asked = False
             if message["type"] == "message":
-                self._inbox.put_nowait(message["data"])
+                self.hear(message["data"])
             elif message["type"] == "subscribe":
                 # What was published before this moment is only in PostgreSQL.
                 self.look()

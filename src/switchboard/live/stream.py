@@ -86,7 +86,7 @@ async def follow_events(
         shutdown_event=cast("anyio.Event", _Goodbye(hub)),
         shutdown_grace_period=_GRACE,
         ping=HEARTBEAT,
-        ping_message_factory=lambda: ServerSentEvent(comment="still here"),
+        ping_message_factory=lambda: ServerSentEvent(comment="still here", sep="\n"),
         send_timeout=_SEND_TIMEOUT,
         sep="\n",
         headers={"Cache-Control": "no-cache, no-transform"},

@@ -1,0 +1,432 @@
+"""Streams: every event once, in order, without a gap, whatever is cut, lost or late."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis.asyncio import Redis
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from switchboard import database
+from switchboard.events import Event, NewEvent, Scope
+from switchboard.live import hub as hubs
+from switchboard.live import stream as streams
+from switchboard.live.announcer import pack
+from switchboard.live.hub import Follower, Frame, Hub
+from switchboard.runs.ingest import Recorded, record
+from tests.conftest import (
+    Servers,
+    Service,
+    Upstream,
+    insert_run,
+    new_database,
+    running_service,
+    settings_for,
+)
+
+NO_REDIS = "unix:///no/such/redis.sock"
+
+
+async def take(stream: AsyncIterator[Any], count: int) -> list[Any]:
+    """The next events of a stream; fails rather than waits for ever."""
+    async with asyncio.timeout(20):
+        return [await anext(stream) for _ in range(count)]
+
+
+async def test_an_event_reaches_the_browser_as_the_guide_has_it(service: Service, run_id: str, context_id: str):
+    async with service.stream(context_id=context_id) as stream:
+        await service.callback(run_id, "log", {"message": "hello"}, timestamp="2026-01-01T00:00:00Z")
+        [event] = await take(stream, 1)
+    assert event == {
+        "id": event["id"],
+        "run_id": run_id,
+        "context_id": context_id,
+        "event_type": "log",
+        "status": "RUNNING",
+        "timestamp": "2026-01-01T00:00:00.000Z",
+        "data": {"message": "hello"},
+    }
+    assert [event] == (await service.http.get(f"/api/happyrobot/runs/{run_id}/events")).json()
+
+
+async def test_the_response_is_one_that_proxies_leave_alone(service: Service, context_id: str):
+    async with service.http.stream("GET", "/api/events", params={"context_id": context_id}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["cache-control"] == "no-cache, no-transform"
+        assert answer.headers["x-accel-buffering"] == "no"
+        first = await anext(answer.aiter_text())
+        assert first.startswith(": connected\nretry: ")
+        assert 1_000 <= int(first.split()[-1]) <= 4_000
+
+
+async def test_a_trigger_shows_in_the_stream_of_its_context(service: Service, upstream: Upstream, context_id: str):
+    async with service.stream(context_id=context_id) as stream:
+        body = {"context_id": context_id}
+        [run_id] = (await service.http.post("/api/happyrobot/trigger", json=body)).json()["run_ids"]
+        seen = []
+        async with asyncio.timeout(20):
+            async for event in stream:
+                seen.append(event)
+                if event["event_type"] == "completed":
+                    break
+    assert [event["event_type"] for event in seen[:3]] == ["triggered", "running", "log"]
+    assert seen == (await service.http.get(f"/api/happyrobot/runs/{run_id}/events")).json()
+
+
+async def test_each_scope_sees_what_it_asked_for(service: Service, db: AsyncEngine):
+    contexts = [f"order_{uuid4().hex}" for _ in range(2)]
+    runs = [await insert_run(db, context_id) for context_id in (contexts[0], contexts[0], contexts[1])]
+    async with (
+        service.stream(context_id=contexts[0]) as of_context,
+        service.stream(run_id=runs[1]) as of_run,
+        service.stream(run_id=runs[1], context_id=contexts[1]) as of_neither,
+        service.stream() as of_all,
+    ):
+        for number, run_id in enumerate(runs):
+            await service.callback(run_id, "log", number)
+        await service.callback(runs[1], "completed", 3)
+        assert [event["data"] for event in await take(of_context, 3)] == [0, 1, 3]
+        assert [event if event == "end" else event["data"] for event in await take(of_run, 3)] == [1, 3, "end"]
+        mine = []
+        async with asyncio.timeout(20):
+            while len(mine) < 4:
+                event = await anext(of_all)
+                if event["run_id"] in runs:
+                    mine.append(event["data"])
+        assert mine == [0, 1, 2, 3]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await anext(of_neither)
+
+
+async def test_without_an_id_a_stream_starts_now(service: Service, run_id: str, context_id: str):
+    await service.callback(run_id, "log", "before")
+    async with service.stream(context_id=context_id) as stream:
+        await service.callback(run_id, "log", "after")
+        [event] = await take(stream, 1)
+    assert event["data"] == "after"
+
+
+@pytest.mark.parametrize("how", ["header", "query", "both"])
+async def test_a_stream_resumes_after_the_last_event_that_was_seen(
+    service: Service, run_id: str, context_id: str, how: str
+):
+    for number in range(5):
+        await service.callback(run_id, "log", number)
+    ids = [event["id"] for event in (await service.http.get(f"/api/happyrobot/runs/{run_id}/events")).json()]
+    # A browser that reconnects repeats its address, with the id that it began with, and adds the header.
+    query = {"query": str(ids[2]), "both": str(ids[0])}.get(how)
+    params = {"context_id": context_id} | ({"last_event_id": query} if query else {})
+    async with service.stream(None if how == "query" else ids[2], **params) as stream:
+        assert [event["data"] for event in await take(stream, 2)] == [3, 4]
+        await service.callback(run_id, "log", 5)
+        assert [event["data"] for event in await take(stream, 1)] == [5]
+
+
+async def test_zero_replays_everything(service: Service, run_id: str, context_id: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streams, "_PAGE", 2)
+    for number in range(5):
+        await service.callback(run_id, "log", number)
+    async with service.stream(context_id=context_id, last_event_id="0") as stream:
+        assert [event["data"] for event in await take(stream, 5)] == list(range(5))
+
+
+async def test_the_stream_of_a_run_ends_with_it_and_tells_a_browser_to_stay_away(service: Service, run_id: str):
+    url = "/api/events"
+    await service.callback(run_id, "log", 1)
+    await service.callback(run_id, "completed", 2)
+    for _ in range(2):  # also when it is over already
+        answer = await service.http.get(url, params={"run_id": run_id, "last_event_id": "0"})
+        blocks = answer.text.strip().split("\n\n")
+        assert [block.splitlines()[0][:3] for block in blocks] == [": c", "id:", "id:", "id:"]
+        identity, name, data = blocks[-1].splitlines()
+        assert name == "event: end"
+        assert data == f'data: {{"run_id":"{run_id}","status":"COMPLETED"}}'
+    told = await service.http.get(url, params={"run_id": run_id}, headers={"Last-Event-ID": identity[4:]})
+    assert told.status_code == 204
+    await service.callback(run_id, "recording_ready", 3)
+    event_id = identity[4:].removesuffix(".end")
+    late = await service.http.get(url, params={"run_id": run_id}, headers={"Last-Event-ID": event_id})
+    assert "recording_ready" in late.text
+    assert "event: end" in late.text
+
+
+async def test_an_unknown_run_has_no_stream(service: Service):
+    answer = await service.http.get("/api/events", params={"run_id": "nobody"})
+    assert (answer.status_code, answer.json()) == (404, {"error": "Run not found"})
+
+
+@pytest.mark.parametrize(
+    ("params", "headers"),
+    [
+        ({"last_event_id": "x"}, {}),
+        ({"last_event_id": "-1"}, {}),
+        ({"last_event_id": "1.5"}, {}),
+        ({"last_event_id": "9" * 19}, {}),
+        ({}, {"Last-Event-ID": "x"}),
+        ({"last_event_id": "1"}, {"Last-Event-ID": "x"}),
+        ({"context_id": ""}, {}),
+        ({"context_id": "\x00"}, {}),
+        ({"context_id": "x" * 256}, {}),
+        ({"run_id": "x" * 256}, {}),
+    ],
+)
+async def test_bad_input_is_a_400(service: Service, params: dict[str, str], headers: dict[str, str]):
+    answer = await service.http.get("/api/events", params=params, headers=headers)
+    assert answer.status_code == 400
+    assert list(answer.json()) == ["error"]
+
+
+async def test_an_id_of_a_database_that_is_no_more_does_not_mute_the_stream(
+    service: Service, run_id: str, context_id: str
+):
+    await service.callback(run_id, "log", "old")
+    async with service.stream(10**15, context_id=context_id) as stream:
+        await service.callback(run_id, "log", "new")
+        assert [event["data"] for event in await take(stream, 2)] == ["old", "new"]
+
+
+async def test_a_quiet_stream_is_kept_alive(service: Service, context_id: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streams, "HEARTBEAT", 0.02)
+    async with service.http.stream("GET", "/api/events", params={"context_id": context_id}) as answer:
+        text = ""
+        async with asyncio.timeout(20):
+            async for chunk in answer.aiter_text():
+                text += chunk
+                if text.count(": still here\n\n") >= 2:
+                    break
+
+
+async def test_a_stream_that_is_cut_twenty_times_misses_and_repeats_nothing(
+    service: Service, database_url: str, servers: Servers, upstream: Upstream, db: AsyncEngine, context_id: str
+):
+    """Two services, four writers, 2,000 events, a reader that changes sides."""
+    runs = [await insert_run(db, context_id) for _ in range(4)]
+    settings = settings_for(database_url, servers.redis_url, upstream.url)
+    async with running_service(settings) as other:
+
+        async def write(run_id: str, to: Service) -> None:
+            for start in range(0, 500, 10):
+                await asyncio.gather(*(to.callback(run_id, "log", number) for number in range(start, start + 10)))
+
+        writers = [write(run_id, (service, other)[place % 2]) for place, run_id in enumerate(runs)]
+        writing = asyncio.gather(*writers)
+        seen: list[Any] = []
+        async with asyncio.timeout(120):
+            for cut in range(20):
+                resume = seen[-1]["id"] if seen else 0
+                async with (service, other)[cut % 2].stream(resume, context_id=context_id) as stream:
+                    # More than a page of what is there, so that some cuts come while events are replayed.
+                    seen += await take(stream, 95)
+            await writing
+            async with service.stream(seen[-1]["id"], context_id=context_id) as stream:
+                seen += await take(stream, 2000 - len(seen))
+        assert len({event["id"] for event in seen}) == 2000
+        for run_id in runs:
+            timeline: list[Any] = []
+            for _ in range(2):
+                after = timeline[-1]["id"] if timeline else 0
+                answer = await service.http.get(f"/api/happyrobot/runs/{run_id}/events?after={after}")
+                timeline += answer.json()
+            assert [event for event in seen if event["run_id"] == run_id] == timeline[:500]
+
+
+async def test_without_redis_streams_keep_up_from_postgresql(
+    database_url: str, upstream: Upstream, run_id: str, context_id: str
+):
+    settings = settings_for(database_url, NO_REDIS, upstream.url)
+    async with running_service(settings) as one, running_service(settings) as other:
+        async with one.stream(context_id=context_id) as near, other.stream(context_id=context_id) as far:
+            started = time.monotonic()
+            for number in range(3):
+                assert (await one.callback(run_id, "log", number)).status_code == 200
+            assert time.monotonic() - started < 3, "an absent Redis delays nobody"
+            assert [event["data"] for event in await take(near, 3)] == [0, 1, 2]
+            assert [event["data"] for event in await take(far, 3)] == [0, 1, 2]
+
+
+async def test_a_subscription_that_went_deaf_is_replaced(
+    database_url: str, servers: Servers, db: AsyncEngine, run_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A proxy that swallows everything: connected, but silent, also to pings."""
+    monkeypatch.setattr(hubs, "_QUIET", 0.05)
+    monkeypatch.setattr(hubs, "_RECONNECT_AFTER", 0.01)
+    connections = 0
+
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while await reader.read(1000):
+            writer.write(b"" if connections % 2 else b"-ERR no\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(swallow, "127.0.0.1", 0)
+    async with server:
+        redis = Redis(port=server.sockets[0].getsockname()[1], socket_timeout=None, protocol=2, driver_info=None)
+        async with Hub(db, redis).running():
+            async with asyncio.timeout(20):
+                while connections < 3:
+                    await asyncio.sleep(0.01)
+        await redis.aclose()
+
+
+async def test_streams_say_goodbye_when_the_service_stops(
+    database_url: str, servers: Servers, upstream: Upstream, context_id: str
+):
+    settings = settings_for(database_url, servers.redis_url, upstream.url)
+    async with running_service(settings) as service:
+        http = httpx.AsyncClient(base_url=service.url)
+        async with http.stream("GET", "/api/events", params={"context_id": context_id}) as answer:
+            chunks = answer.aiter_text()
+            await anext(chunks)
+            service.hub.close()
+            assert [chunk async for chunk in chunks] == [": goodbye, resume elsewhere\n\n"]
+        # Whoever comes now is sent on at once.
+        late = await http.get("/api/events", params={"context_id": context_id})
+        assert late.text.endswith(": goodbye, resume elsewhere\n\n")
+        await http.aclose()
+
+
+async def test_a_browser_that_does_not_read_is_sent_away():
+    follower = Follower(Scope(), 0)
+    event = Event.model_construct(id=1)
+    for _ in range(hubs.MAX_UNREAD):
+        follower.push(Frame(event, b"{}"))
+    assert not follower.lagging
+    follower.push(Frame(event, b"{}"))
+    assert follower.lagging
+    assert len(await follower.read()) == hubs.MAX_UNREAD
+    assert await follower.read() == []
+
+
+async def test_a_stream_ends_when_postgresql_is_away(database_url: str, servers: Servers, db: AsyncEngine):
+    """The browser comes back and resumes; an error in the middle of a stream cannot be told in any other way."""
+    away = database.connect("postgresql://nobody@/nothing?host=/no/such/folder")
+    redis = Redis.from_url(servers.redis_url)
+    hub = Hub(db, redis)
+    chunks = [chunk async for chunk in streams._stream(away, hub, Scope(), 0)]
+    assert len(chunks) == 1  # the greeting
+    await redis.aclose()
+
+
+# What may happen, in any order: events are committed (to one context or the other), ids are lost to a transaction
+# that was rolled back, messages arrive late, twice or never, readers come, are cut and resume.
+step = st.one_of(
+    st.tuples(st.just("commit"), st.lists(st.integers(0, 1), min_size=1, max_size=4)),
+    st.tuples(st.just("roll back"), st.integers(1, 3)),
+    st.tuples(st.just("hear"), st.integers(0, 1000)),
+    st.tuples(st.just("look"), st.none()),
+    st.tuples(st.just("join"), st.tuples(st.integers(0, 2), st.booleans())),
+    st.tuples(st.just("cut"), st.integers(0, 1000)),
+)
+
+
+@pytest.fixture(scope="module")
+async def own_db(servers: Servers, template: str) -> AsyncIterator[AsyncEngine]:
+    async with new_database(servers, template) as url:
+        engine = database.connect(url)
+        yield engine
+        await engine.dispose()
+
+
+class Reader:
+    """A browser: what it saw, and where it resumes."""
+
+    def __init__(self, scope: Scope, after: int | None, owed_after: int) -> None:
+        self.scope = scope
+        self.resume = after
+        self.owed_after = owed_after
+        self.seen: list[int] = []
+
+    async def read(self, db: AsyncEngine, hub: Hub, joined: asyncio.Event) -> None:
+        async for chunk in streams._stream(db, hub, self.scope, self.resume):
+            joined.set()
+            for line in chunk.decode().splitlines():
+                if line.startswith("id: "):
+                    self.seen.append(int(line[4:]))
+                    self.resume = self.seen[-1]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(step, max_size=25))
+async def test_every_reader_sees_every_event_once_and_in_order(own_db: AsyncEngine, steps: list[tuple[str, Any]]):
+    contexts = [f"c_{uuid4().hex}" for _ in range(2)]
+    runs = [await insert_run(own_db, context_id) for context_id in contexts]
+    redis = Redis.from_url(NO_REDIS)
+    history: list[Event] = []
+    messages: list[bytes] = []
+    readers: list[tuple[Reader, asyncio.Task[None]]] = []
+
+    async def settle() -> None:
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    async with Hub(own_db, redis).running() as hub:
+
+        async def start(reader: Reader) -> None:
+            joined = asyncio.Event()
+            task = asyncio.create_task(reader.read(own_db, hub, joined))
+            async with asyncio.timeout(10):
+                await joined.wait()
+                # A new reader has no id yet: what it is owed counts from when the hub knows it.
+                while reader.resume is None and not any(f.scope is reader.scope for f in hub._followers):
+                    await asyncio.sleep(0.001)
+            readers.append((reader, task))
+
+        for kind, what in steps:
+            match kind:
+                case "commit":
+                    async with own_db.begin() as conn:
+                        outcomes = await record(conn, [NewEvent(runs[which], "log") for which in what])
+                    events = [outcome.event for outcome in outcomes if isinstance(outcome, Recorded)]
+                    history += events
+                    messages.append(pack(events))
+                case "roll back":
+                    with contextlib.suppress(ZeroDivisionError):
+                        async with own_db.begin() as conn:
+                            await record(conn, [NewEvent(runs[0], "log")] * what)
+                            raise ZeroDivisionError
+                case "hear" if messages:
+                    hub.hear(messages[what % len(messages)])
+                    await settle()
+                case "look":
+                    hub.look()
+                    await settle()
+                case "join":
+                    which, from_the_start = what
+                    scope = [Scope(contexts[0]), Scope(run_id=runs[1]), Scope()][which]
+                    newest = await hub.newest()
+                    begin = history[0].id - 1 if history else newest
+                    # One who comes without an id is owed what is committed from now on.
+                    after, owed_after = (begin, begin) if from_the_start else (None, newest)
+                    await start(Reader(scope, after, owed_after))
+                case "cut" if readers:
+                    reader, task = readers.pop(what % len(readers))
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+                    if reader.resume is None:
+                        continue
+                    await start(reader)
+        async with own_db.begin() as conn:
+            last = [o.event for o in await record(conn, [NewEvent(run_id, "log") for run_id in runs])]
+        history += last
+        hub.look()
+        for reader, _ in readers:
+            ours = [event.id for event in history if event in reader.scope]
+            async with asyncio.timeout(10):
+                while not reader.seen or reader.seen[-1] < ours[-1]:
+                    await asyncio.sleep(0.002)
+            # More than is owed is possible where the hub was behind, but without a hole.
+            assert reader.seen == ours[-len(reader.seen) :]
+            assert len(reader.seen) >= sum(event_id > reader.owed_after for event_id in ours)
+        for _, task in readers:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in readers), return_exceptions=True)
+    await redis.aclose()
