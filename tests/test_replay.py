@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database
@@ -22,8 +23,8 @@ from tests.conftest import Servers, insert_run, new_database
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  # conditions on state that has no event
             await asyncio.sleep(0.001)
 
 
@@ -110,7 +111,7 @@ class World:
         """Lets a hub work off what it heard, and its readers read it."""
         await until(self.hubs[at]._inbox.empty)
         async with self.db.connect() as conn:
-            await conn.scalar(stream.select(1))  # as long as it takes the hub itself
+            await conn.scalar(select(1))  # as long as it takes the hub itself
         await asyncio.sleep(0.001)
 
     async def join(self, at: int, scope: int, from_the_start: bool) -> None:

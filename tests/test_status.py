@@ -56,7 +56,7 @@ def test_the_same_word_twice_is_the_same_word_once(start: Standing, word: RunSta
 
 
 @given(standings, happenings, st.sampled_from(sorted(FINAL)))
-def test_the_first_final_word_decides(start: Standing, what: list, word: RunStatus):
+def test_the_first_final_word_decides(start: Standing, what: Course, word: RunStatus):
     before = live(start, what)[-1]
     if not before.over or before.timed_out:
         assert advance(before, word) == Standing(word)

@@ -1,0 +1,178 @@
+"""The schema: migrations agree with the tables, go up and down, and leave room for the guide's own code."""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, select, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from switchboard import database
+from switchboard.migrate import config, migrate
+from switchboard.tables import agent_runs, metadata
+from tests.conftest import Servers, new_database
+
+ROOT = Path(__file__).parents[1]
+
+GUIDES_INSERT = text(
+    "INSERT INTO agent_runs (run_id, context_id, name, description, status, metadata, created_at, updated_at) "
+    "VALUES ('r', 'c', 'n', 'd', 'COMPLETED', '{\"result\": 1}', now(), now())"
+)
+
+
+@pytest.fixture
+async def empty_url(servers: Servers) -> AsyncIterator[str]:
+    async with new_database(servers) as url:
+        yield url
+
+
+async def downgrade(url: str) -> None:
+    engine = database.connect(url)
+    alembic = config()
+
+    def down(connection: Connection) -> None:
+        alembic.attributes["connection"] = connection
+        command.downgrade(alembic, "base")
+
+    async with engine.begin() as conn:
+        await conn.run_sync(down)
+    await engine.dispose()
+
+
+async def tables_in(url: str) -> set[str]:
+    connection = await asyncpg.connect(database.dsn(url))
+    rows = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+    await connection.close()
+    return {row["tablename"] for row in rows}
+
+
+async def test_the_migrations_build_what_the_tables_say(db: AsyncEngine):
+    def differences(connection: Connection) -> list[Any]:
+        context = MigrationContext.configure(
+            connection, opts={"compare_type": True, "compare_server_default": True, "target_metadata": metadata}
+        )
+        return list(compare_metadata(context, metadata))
+
+    async with db.connect() as conn:
+        assert await conn.run_sync(differences) == []
+
+
+async def test_check_constraints_agree_too(db: AsyncEngine, servers: Servers):
+    """Alembic does not compare them."""
+    query = text(
+        "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint "
+        "WHERE connamespace = 'public'::regnamespace AND contype = 'c' ORDER BY 1, 2"
+    )
+    async with db.connect() as conn:
+        migrated = (await conn.execute(query)).all()
+    async with new_database(servers) as url:
+        engine = database.connect(url)
+        async with engine.begin() as conn:
+            await conn.run_sync(metadata.create_all)
+            created = (await conn.execute(query)).all()
+        await engine.dispose()
+    assert migrated == created
+    assert migrated
+
+
+async def test_up_and_down_on_an_empty_database(empty_url: str):
+    await migrate(empty_url)
+    assert await tables_in(empty_url) == {*metadata.tables, "alembic_version"}
+    await migrate(empty_url)
+    await downgrade(empty_url)
+    assert await tables_in(empty_url) == {"alembic_version"}
+    await migrate(empty_url)
+
+
+async def test_down_and_up_on_a_filled_database(empty_url: str):
+    await migrate(empty_url)
+    engine = database.connect(empty_url)
+    async with engine.begin() as conn:
+        await conn.execute(GUIDES_INSERT)
+        for table, values in {
+            "executions": "(id, workflow_id, context_id, input) VALUES (gen_random_uuid(), 'w', 'c', '{}')",
+            "run_events": "(run_id, context_id, event_type, status) VALUES ('r', 'c', 'log', 'RUNNING')",
+            "held_callbacks": "(run_id, event_type) VALUES ('q', 'log')",
+        }.items():
+            await conn.execute(text(f"INSERT INTO {table} {values}"))
+    await engine.dispose()
+    await downgrade(empty_url)
+    assert await tables_in(empty_url) == {"alembic_version"}
+    await migrate(empty_url)
+
+
+async def test_several_processes_may_migrate_at_once(empty_url: str):
+    environment = os.environ | {"DATABASE_URL": empty_url, "REDIS_URL": "redis://unused"}
+    command_line = (sys.executable, "-m", "switchboard", "migrate")
+    processes = [await asyncio.create_subprocess_exec(*command_line, env=environment) for _ in range(3)]
+    assert await asyncio.gather(*(process.wait() for process in processes)) == [0, 0, 0]
+    assert await tables_in(empty_url) == {*metadata.tables, "alembic_version"}
+
+
+async def test_an_insert_of_the_guides_columns_alone_works(empty_url: str):
+    await migrate(empty_url)
+    engine = database.connect(empty_url)
+    async with engine.begin() as conn:
+        await conn.execute(GUIDES_INSERT)
+        await conn.execute(text("INSERT INTO agent_runs (run_id, context_id) VALUES ('least', 'c')"))
+        rows = (await conn.execute(select(agent_runs).order_by(agent_runs.c.id))).all()
+    await engine.dispose()
+    assert [(row.status, row.workflow_id, row.timed_out) for row in rows] == [
+        ("COMPLETED", "default", False),
+        ("PENDING", "default", False),
+    ]
+
+
+async def test_the_guides_table_is_there_under_the_guides_names(db: AsyncEngine):
+    async with db.connect() as conn:
+        columns = await conn.execute(
+            text(
+                "SELECT column_name, data_type, character_maximum_length FROM information_schema.columns "
+                "WHERE table_name = 'agent_runs'"
+            )
+        )
+        found = {row[0]: (row[1], row[2]) for row in columns}
+        indexes = set(await conn.scalars(text("SELECT indexdef FROM pg_indexes WHERE tablename = 'agent_runs'")))
+    expected = {
+        "id": ("bigint", None),
+        "run_id": ("character varying", 255),
+        "context_id": ("character varying", 255),
+        "name": ("character varying", 255),
+        "description": ("text", None),
+        "status": ("character varying", 50),
+        "metadata": ("jsonb", None),
+        "created_at": ("timestamp with time zone", None),
+        "updated_at": ("timestamp with time zone", None),
+    }
+    assert found.items() >= expected.items()
+    for name, column in (("idx_agent_runs_context", "context_id"), ("idx_agent_runs_status", "status")):
+        assert f"CREATE INDEX {name} ON public.agent_runs USING btree ({column})" in indexes
+
+
+async def test_a_status_that_nobody_knows_cannot_be_stored(db: AsyncEngine):
+    with pytest.raises(Exception, match="agent_runs_status_known"):
+        async with db.begin() as conn:
+            await conn.execute(text("INSERT INTO agent_runs (run_id, context_id, status) VALUES ('x', 'c', 'done')"))
+
+
+async def test_alembic_itself_finds_its_way(empty_url: str, monkeypatch: pytest.MonkeyPatch):
+    """`alembic upgrade head` and `downgrade base`, as its own documentation says."""
+    for direction in (["upgrade", "head"], ["downgrade", "base"]):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "alembic", *direction, cwd=ROOT, env=os.environ | {"DATABASE_URL": empty_url}
+        )
+        assert await process.wait() == 0
+    assert await tables_in(empty_url) == {"alembic_version"}
+
+
+def test_there_is_one_newest_revision():
+    assert len(ScriptDirectory.from_config(config()).get_heads()) == 1
