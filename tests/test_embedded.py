@@ -249,7 +249,7 @@ def test_a_missing_extra_is_named(data_dir: Path, monkeypatch: pytest.MonkeyPatc
             raise PackageNotFoundError(name)
         return distribution(name)
 
-    monkeypatch.setattr("switchboard.embedded.distribution", installed)
+    monkeypatch.setattr("switchboard.embedded.servers.distribution", installed)
     with pytest.raises(EmbeddedUnavailable, match=r"switchboard\[embedded\]"), running(data_dir):
         pass
 
@@ -257,7 +257,7 @@ def test_a_missing_extra_is_named(data_dir: Path, monkeypatch: pytest.MonkeyPatc
 def test_servers_that_never_answer_are_waited_for_no_longer_than_patience(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchboard.embedded.PATIENCE", 0.2)
+    monkeypatch.setattr("switchboard.embedded.lease.PATIENCE", 0.2)
     data_dir.mkdir()
     with (data_dir / "keeper.lock").open("a") as keeper:
         fcntl.flock(keeper, fcntl.LOCK_EX)

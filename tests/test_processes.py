@@ -207,7 +207,6 @@ async def test_everything_that_is_not_named_is_brought_along(tmp_path: Path):
 async def test_the_demo_shows_a_call_and_leaves(tmp_path: Path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        taken.listen()
         port = str(taken.getsockname()[1])
         process = command("demo", "--once", "--pace", "0.01", "--port", port, cwd=tmp_path)
         code, out, err = await asyncio.to_thread(finish, process)
@@ -273,7 +272,6 @@ def test_what_goes_wrong_is_said_without_a_traceback(
 def test_a_taken_port_is_named():
     with local.listening(local.LOOPBACK, 0) as taken:
         port = taken.getsockname()[1]
-        taken.listen()
         assert local.free_port(port) != port
         with pytest.raises(local.PortTaken, match=f"port {port}"), local.listening(local.LOOPBACK, port):
             pass

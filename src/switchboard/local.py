@@ -16,6 +16,8 @@ from switchboard.settings import Settings
 
 LOOPBACK = "127.0.0.1"
 
+_BACKLOG = 2048
+
 
 class PortTaken(Exception):
     """Somebody else listens there."""
@@ -35,6 +37,8 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
             listener.bind((host, port))
         except OSError as error:
             raise PortTaken(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        # From here on nobody is refused: who comes before the server is ready waits in the backlog.
+        listener.listen(_BACKLOG)
         # Inherited by the processes of `serve --workers`.
         listener.set_inheritable(True)
         yield listener

@@ -45,6 +45,25 @@ _GRACE = 3
 _RESUMED_AT = re.compile(r"(\d{1,18})(\.end)?")
 
 
+_SERVER_SENT_EVENT = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "event": {"const": "end"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {
+                "anyOf": [
+                    {"$ref": "#/components/schemas/Event"},
+                    {"type": "object", "required": ["run_id", "status"], "title": "End"},
+                ]
+            },
+        },
+    },
+}
+
+
 @router.get(
     "/api/events",
     summary="Follow events live",
@@ -54,7 +73,7 @@ _RESUMED_AT = re.compile(r"(\d{1,18})(\.end)?")
             "description": "A stream of server-sent events without a name: `id:` is the event's, `data:` the event as "
             "`GET /api/happyrobot/runs/{run_id}/events` lists it. The stream of one run closes with an event named "
             "`end`.",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {"schema": _SERVER_SENT_EVENT}},
         },
         204: {"description": "The run is over and the reader has seen its `end`: no need to come back."},
         **described(400, 401, 404),

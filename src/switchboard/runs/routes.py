@@ -10,7 +10,7 @@ from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard.access import Allowed
-from switchboard.bodies import Id, JsonBody, check
+from switchboard.bodies import Id, JsonBody, ShortText, check
 from switchboard.database import Db
 from switchboard.errors import NotFound, described
 from switchboard.events import Event, NewEvent, Scope, Timestamp, read_events
@@ -24,9 +24,8 @@ from switchboard.tables import FINAL, RunStatus
 
 router = APIRouter(prefix="/api/happyrobot", tags=["runs"], dependencies=[Allowed])
 
-# A frontend that builds `?context_id=` from an empty field means no filter.
-_EMPTY_IS_NONE = BeforeValidator(lambda value: value or None)
-_UPPER = BeforeValidator(lambda value: value.upper() or None if isinstance(value, str) else value)
+# The guide writes statuses in lower case, too.
+_UPPER = BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value)
 
 RunId = Annotated[Id, Path(description="HappyRobot's id of the run.")]
 
@@ -158,14 +157,15 @@ async def runs(
     response: Response,
     db: Db,
     settings: CurrentSettings,
-    context_id: Annotated[Id | None, _EMPTY_IS_NONE, Query(description="Only runs of this context.")] = None,
+    context_id: Annotated[ShortText | None, Query(description="Only runs of this context.")] = None,
     status: Annotated[RunStatus | None, _UPPER, Query(description="Only runs with this status.")] = None,
-    workflow_id: Annotated[Id | None, _EMPTY_IS_NONE, Query(description="Only runs of this workflow.")] = None,
+    workflow_id: Annotated[ShortText | None, Query(description="Only runs of this workflow.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 200,
     cursor: Annotated[str | None, Query(description='From the `Link` header with `rel="next"`.')] = None,
 ) -> list[RunOut]:
     """A page of runs. `Link` leads to the next one, if there is one."""
-    wanted = Filter(context_id, status, workflow_id)
+    # A frontend that builds `?context_id=` from an empty field means no filter.
+    wanted = Filter(context_id or None, status, workflow_id or None)
     async with db.connect() as conn:
         rows = await list_runs(
             conn, wanted, limit=limit + 1, cursor=Cursor.decode(cursor) if cursor is not None else None
