@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
@@ -19,6 +22,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database, embedded, local
 from switchboard.app import create_app
+from switchboard.embedded.folder import KEEPER_LOCK, poll
+from switchboard.embedded.lease import _kept
 from switchboard.happyrobot.simulator import Simulator
 from switchboard.live.announcer import Announcer
 from switchboard.live.hub import Hub
@@ -27,6 +32,39 @@ from switchboard.settings import Settings
 
 HOOK_KEY = "hook-key-of-the-tests"
 API_KEY = "api-key-of-the-tests"
+
+
+_FOLDER = "SWITCHBOARD_TESTS_FOLDER"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes one folder for all workers.
+
+    Not below pytest's own: as root the servers run as somebody else, and whenever another run of pytest starts, it
+    closes that folder to everybody else.
+    """
+    if not hasattr(config, "workerinput"):
+        os.environ[_FOLDER] = tempfile.mkdtemp(prefix="switchboard-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        _remove(Path(os.environ.pop(_FOLDER)))
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder once the servers that ran in it have stopped."""
+    for lock in folder.rglob(KEEPER_LOCK):
+        assert poll(lambda data_dir=lock.parent: not _kept(data_dir)), f"servers still run in {lock.parent}"  # type: ignore[misc]
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """An own folder, in which embedded servers can run."""
+    folder = Path(tempfile.mkdtemp(dir=os.environ[_FOLDER]))
+    yield folder
+    _remove(folder)
 
 
 @pytest.fixture(scope="session")
@@ -55,15 +93,12 @@ _GIVEN = Servers(os.environ.get("DATABASE_URL", ""), os.environ.get("REDIS_URL",
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[Servers]:
+def servers() -> Iterator[Servers]:
     """`DATABASE_URL` and `REDIS_URL` where both are set, embedded servers otherwise; all workers share them."""
     if _GIVEN.database_url and _GIVEN.redis_url:
         yield _GIVEN
         return
-    folder = tmp_path_factory.getbasetemp()
-    # The workers of a parallel run have a folder each, side by side.
-    shared = folder if worker_id == "master" else folder.parent
-    with embedded.running(shared / "servers") as started:
+    with embedded.running(Path(os.environ[_FOLDER]) / "servers") as started:
         # Nobody pulls the plug on a test.
         asyncio.run(run_sql(started.database_url, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()"))
         yield Servers(started.database_url, started.redis_url)

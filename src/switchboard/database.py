@@ -42,7 +42,12 @@ def connect(url: str, *, pool_size: int = 10) -> AsyncEngine:
     address = dsn(url)
 
     async def open_connection(**_: Any) -> Any:
-        return await asyncpg.connect(address, timeout=5)
+        try:
+            return await asyncpg.connect(address, timeout=5)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            # Starting up, shutting down, too many connections, a wrong password: SQLAlchemy would let it through
+            # as it is, and to those who ask it is all the same.
+            raise ConnectionError(f"PostgreSQL takes no connection: {type(error).__name__}") from error
 
     return create_async_engine(
         "postgresql+asyncpg://",

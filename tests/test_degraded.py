@@ -1,0 +1,166 @@
+"""What callers see when a part is away, or when there is too much to do."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from switchboard import database
+from switchboard.errors import Unavailable
+from switchboard.events import NewEvent
+from switchboard.live.announcer import Announcer
+from switchboard.runs import intake
+from switchboard.runs.ingest import Duplicate, Held, Recorded
+from switchboard.runs.intake import Intake
+from switchboard.tables import run_events
+from tests.conftest import Servers, Service, rows_of, running_service, settings_for, with_database
+
+
+@pytest.fixture(params=["no such folder", "no such database", "nobody listens"])
+async def without_postgres(request: pytest.FixtureRequest, servers: Servers) -> AsyncIterator[Service]:
+    url = {
+        "no such folder": "postgresql://postgres@/switchboard?host=/no/such/folder",
+        "no such database": with_database(servers.database_url, "no_such_database"),
+        "nobody listens": "postgresql://postgres@127.0.0.1:1/switchboard",
+    }[request.param]
+    async with running_service(settings_for(url, servers.redis_url, None)) as service:
+        yield service
+
+
+async def test_without_postgresql_everything_says_to_come_back(without_postgres: Service):
+    service = without_postgres
+    answers = [
+        await service.callback("r", "log"),
+        await service.http.post("/api/happyrobot/trigger", json={"context_id": "c"}),
+        await service.http.get("/api/happyrobot/runs"),
+        await service.http.get("/api/happyrobot/runs/r"),
+        await service.http.get("/api/happyrobot/runs/r/events"),
+        await service.http.get("/api/happyrobot/status?run_id=r"),
+        await service.http.get("/api/events?run_id=r"),
+    ]
+    for answer in answers:
+        assert (answer.status_code, answer.json()) == (503, {"error": "Database unavailable"})
+        assert answer.headers["retry-after"] == "1"
+    assert (await service.http.get("/healthz")).status_code == 200
+
+
+async def test_connections_that_were_cut_are_replaced(service: Service, db: AsyncEngine, run_id: str):
+    assert (await service.callback(run_id, "log", 1)).status_code == 200
+    async with db.connect() as conn:
+        await conn.execute(
+            text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        )
+    assert (await service.callback(run_id, "log", 2)).status_code == 200
+    assert (await service.run(run_id))["metadata"]["logs"] == [1, 2]
+
+
+async def test_an_error_of_our_own_says_nothing_about_our_insides(
+    service: Service, run_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr("switchboard.runs.routes._run_out", fail)
+    answer = await service.http.get(f"/api/happyrobot/runs/{run_id}")
+    assert (answer.status_code, answer.json()) == (500, {"error": "Internal server error"})
+
+
+async def test_an_error_in_a_statement_is_ours(service: Service, run_id: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("switchboard.runs.routes.find_run", broken)
+    answer = await service.http.get(f"/api/happyrobot/runs/{run_id}")
+    assert (answer.status_code, answer.json()) == (500, {"error": "Internal server error"})
+
+
+async def broken(conn: Any, _: str) -> None:
+    await conn.execute(text("SELECT no_such_column"))
+
+
+class Silent(Announcer):
+    """An announcer that remembers instead."""
+
+    def __init__(self) -> None:
+        self.announced: list[Any] = []
+
+    def announce(self, events: Any) -> None:
+        self.announced.append(list(events))
+
+
+def log(run_id: str, data: Any = None, event_type: str = "log") -> NewEvent:
+    return NewEvent(run_id, event_type, data)
+
+
+async def test_events_that_come_during_a_write_are_written_together(db: AsyncEngine, run_id: str):
+    announcer = Silent()
+    queue = Intake(db, announcer)
+    outcomes = await asyncio.gather(*(queue.take(log(run_id, number)) for number in range(50)))
+    assert all(isinstance(outcome, Recorded) for outcome in outcomes)
+    # Nobody waits for company: all that were there at the start went together, in their order.
+    assert [len(batch) for batch in announcer.announced] == [50]
+    assert [event.data for event in announcer.announced[0]] == list(range(50))
+
+
+async def test_each_of_a_batch_gets_its_own_answer(db: AsyncEngine, run_id: str):
+    key = uuid4()
+    queue = Intake(db, Silent())
+    outcomes = await asyncio.gather(
+        queue.take(NewEvent(run_id, "log", 1, dedupe_key=key)),
+        queue.take(NewEvent("nobody", "log", 2)),
+        queue.take(NewEvent(run_id, "log", 3, dedupe_key=key)),
+        queue.take(NewEvent(run_id, "log", 4)),
+    )
+    assert [type(outcome) for outcome in outcomes] == [Recorded, Held, Duplicate, Recorded]
+    assert [outcome.event.data for outcome in outcomes if isinstance(outcome, Recorded)] == [1, 4]
+
+
+async def test_one_bad_event_among_many_fails_alone(db: AsyncEngine, run_id: str):
+    queue = Intake(db, Silent())
+    bad = log(run_id, event_type="x" * 256)  # no endpoint lets it through; the column does not either
+    outcomes = await asyncio.gather(
+        queue.take(log(run_id, 1)), queue.take(bad), queue.take(log(run_id, 2)), return_exceptions=True
+    )
+    assert [type(outcome) for outcome in outcomes] == [Recorded, DBAPIError, Recorded]
+    assert await rows_of(db, run_events, run_id) == 2
+    assert isinstance(await queue.take(log(run_id, 3)), Recorded)
+
+
+async def test_an_absent_postgresql_fails_all_at_once():
+    away = database.connect("postgresql://nobody@/nothing?host=/no/such/folder")
+    queue = Intake(away, Silent())
+    outcomes = await asyncio.gather(*(queue.take(log("r")) for _ in range(20)), return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {FileNotFoundError}
+
+
+async def test_beyond_the_bound_callers_are_told_to_come_back(
+    db: AsyncEngine, run_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(intake, "MAX_WAITING", 3)
+    queue = Intake(db, Silent())
+    outcomes = await asyncio.gather(*(queue.take(log(run_id)) for _ in range(5)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [Recorded] * 3 + [Unavailable] * 2
+    assert isinstance(await queue.take(log(run_id)), Recorded)
+
+
+async def test_a_caller_that_hangs_up_takes_nothing_away(db: AsyncEngine, run_id: str):
+    queue = Intake(db, Silent())
+    async with queue.running():
+        impatient = asyncio.create_task(queue.take(log(run_id, 1)))
+        patient = asyncio.create_task(queue.take(log(run_id, 2)))
+        await asyncio.sleep(0)
+        impatient.cancel()
+        assert isinstance(await patient, Recorded)
+    assert await rows_of(db, run_events, run_id) == 2
+
+
+async def test_what_waits_is_written_before_the_service_leaves(db: AsyncEngine, run_id: str):
+    async with Intake(db, Silent()).running() as queue:
+        waiting = [asyncio.create_task(queue.take(log(run_id, number))) for number in range(3)]
+        await asyncio.sleep(0)
+    assert all(isinstance(task.result(), Recorded) for task in waiting)
