@@ -11,6 +11,7 @@ import httpx
 from httpx_sse import ServerSentEvent, connect_sse
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 
@@ -77,7 +78,8 @@ def _wait_until_it_answers(client: httpx.Client) -> None:
 
 
 def _watch_a_call(console: Console, client: httpx.Client) -> None:
-    context_id = f"load-{secrets.randbelow(9000) + 1000}"
+    load = str(secrets.randbelow(9000) + 1000)
+    context_id = f"load-{load}"
     with connect_sse(client, "GET", "/api/events", params={"context_id": context_id}) as stream:
         stream.response.raise_for_status()
         answer = client.post(
@@ -85,7 +87,7 @@ def _watch_a_call(console: Console, client: httpx.Client) -> None:
             json={
                 "context_id": context_id,
                 "name": "Carrier check call",
-                "load_id": context_id,
+                "load_id": load,
                 "customer_name": "Blue Mesa Freight",
                 "origin": "Laredo, TX",
                 "destination": "Dallas, TX",
@@ -96,7 +98,7 @@ def _watch_a_call(console: Console, client: httpx.Client) -> None:
             raise DemoFailed(f"the trigger was answered {answer.status_code}: {answer.text}")
         run_id = answer.json()["run_ids"][0]
         console.print(f"[bold]POST /api/happyrobot/trigger[/bold]  context [cyan]{context_id}[/cyan]")
-        console.print(f"[dim]run {run_id}, followed over GET /api/events?context_id={context_id}[/dim]\n")
+        console.print(f"[bold]GET  /api/events?context_id={context_id}[/bold]  [dim]run {run_id[:8]}…[/dim]\n")
         status = _follow(console, stream.iter_sse(), run_id)
     run = client.get(f"/api/happyrobot/runs/{run_id}").raise_for_status().json()
     _show_result(console, run)
@@ -120,10 +122,16 @@ def _follow(console: Console, events: Iterator[ServerSentEvent], run_id: str) ->
 def _show_event(console: Console, event: dict[str, Any]) -> None:
     colour = _COLOURS[event["status"]]
     text = event["data"].get("message", "") if isinstance(event["data"], dict) else ""
-    console.print(
-        f"  [dim]{event['timestamp'][11:23]}[/dim]  [dim]#{event['id']:<5}[/dim] "
-        f"[{colour}]{escape(event['event_type']):<10}[/{colour}] {escape(str(text))}"
+    line = Table.grid(padding=(0, 2))
+    for width in (12, 6, 10):
+        line.add_column(width=width, no_wrap=True)
+    line.add_row(
+        f"[dim]{event['timestamp'][11:23]}[/]",
+        f"[dim]#{event['id']}[/]",
+        f"[{colour}]{escape(event['event_type'])}[/]",
+        escape(str(text)),
     )
+    console.print(Padding(line, (0, 0, 0, 2)))
 
 
 def _show_result(console: Console, run: dict[str, Any]) -> None:
