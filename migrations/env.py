@@ -24,7 +24,7 @@ async def run_alone() -> None:
     url = Settings().database_url
     if url is None:
         raise SystemExit("DATABASE_URL is not set; `switchboard migrate` reaches the embedded server")
-    engine = connect(url.get_secret_value())
+    engine = connect(url.get_secret_value(), statement_timeout=None)
     try:
         async with engine.begin() as connection:
             await connection.run_sync(run)

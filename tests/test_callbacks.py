@@ -7,6 +7,9 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
+
+from switchboard.runs.ingest import NewRuns, write
+from switchboard.tables import agent_runs, executions, held_callbacks, run_events
 from tests.conftest import (
     HOOK_KEY,
     Servers,
@@ -17,9 +20,6 @@ from tests.conftest import (
     running_service,
     settings_for,
 )
-
-from switchboard.runs.ingest import NewRuns, register
-from switchboard.tables import agent_runs, executions, held_callbacks, run_events
 
 HEADERS = {"X-API-KEY": HOOK_KEY}
 URL = "/api/webhooks/happyrobot"
@@ -220,7 +220,7 @@ async def register_run(db: AsyncEngine, run_id: str) -> UUID:
         await conn.execute(
             executions.insert().values(id=execution_id, workflow_id="default", context_id="order_1", input={})
         )
-        await register(conn, NewRuns(execution_id, "default", "order_1", "A", None, [run_id]))
+        await write(conn, [NewRuns(execution_id, "default", "order_1", "A", None, [run_id])])
     return execution_id
 
 

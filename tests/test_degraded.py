@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database
-from switchboard.errors import Unavailable
+from switchboard.errors import PostgresAway, Unavailable
 from switchboard.events import NewEvent
 from switchboard.live.announcer import Announcer
 from switchboard.runs import intake
@@ -135,7 +135,7 @@ async def test_an_absent_postgresql_fails_all_at_once():
     away = database.connect("postgresql://nobody@/nothing?host=/no/such/folder")
     queue = Intake(away, Silent())
     outcomes = await asyncio.gather(*(queue.take(log("r")) for _ in range(20)), return_exceptions=True)
-    assert {type(outcome) for outcome in outcomes} == {FileNotFoundError}
+    assert {type(outcome) for outcome in outcomes} == {PostgresAway}
 
 
 async def test_beyond_the_bound_callers_are_told_to_come_back(

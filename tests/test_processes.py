@@ -30,6 +30,7 @@ def environment(database_url: str, servers: Servers) -> Iterator[None]:
         DATABASE_URL=database_url,
         REDIS_URL=servers.redis_url,
         HAPPYROBOT_WEBHOOK_URL="http://127.0.0.1:1/hooks/none",
+        APP_URL="http://127.0.0.1:1",
         HAPPYROBOT_X_API_KEY=HOOK_KEY,
     ):
         yield
@@ -256,7 +257,14 @@ async def test_the_simulator_can_be_run_alone():
         (["serve", "--host", "203.0.113.1"], {}, 1, "cannot listen on 203.0.113.1"),
         (["migrate"], {"SWITCHBOARD_DATA_DIR": "/dev/null/x"}, 1, "cannot hold the private servers"),
         (["demo", "--once"], {"SWITCHBOARD_DATA_DIR": "/dev/null/x"}, 1, "cannot hold the private servers"),
-        (["demo", "--once"], {"HAPPYROBOT_WEBHOOK_URL": "http://127.0.0.1:1/"}, 1, "the trigger was answered 502"),
+        (
+            ["migrate"],
+            {"DATABASE_URL": "postgresql://p@127.0.0.1:1/x", "REDIS_URL": "redis://x"},
+            1,
+            "takes no connection",
+        ),
+        (["serve"], {"DATABASE_URL": "mysql://p:secret@h/x"}, 1, "DATABASE_URL: Value error, must start with postgres"),
+        (["serve"], {"REDIS_URL": "127.0.0.1:6379"}, 1, "REDIS_URL: Value error, must start with redis://"),
     ],
 )
 def test_what_goes_wrong_is_said_without_a_traceback(

@@ -17,8 +17,9 @@ from switchboard import database
 from switchboard.events import Event, NewEvent, Scope
 from switchboard.live import stream
 from switchboard.live.announcer import pack
+from switchboard.live.channel import Channel
 from switchboard.live.hub import Hub
-from switchboard.runs.ingest import Recorded, record
+from switchboard.runs.ingest import write
 from tests.conftest import Servers, insert_run, new_database
 
 
@@ -76,7 +77,8 @@ class World:
         contexts = [f"c_{uuid4().hex}" for _ in range(2)]
         runs = [await insert_run(db, context_id) for context_id in contexts]
         redis = Redis.from_url("unix:///no/such/redis.sock")
-        async with Hub(db, redis).running() as one, Hub(db, redis).running() as other:
+        channel = Channel(db)
+        async with Hub(db, redis, channel).running() as one, Hub(db, redis, channel).running() as other:
             world = cls(db, (one, other), contexts, runs)
             world.origin = await one.newest()
             yield world
@@ -85,15 +87,14 @@ class World:
 
     async def commit(self, which: list[int]) -> None:
         async with self.db.begin() as conn:
-            outcomes = await record(conn, [NewEvent(self.runs[place], "log") for place in which])
-        events = [outcome.event for outcome in outcomes if isinstance(outcome, Recorded)]
-        self.history += events
-        self.messages.append(pack(events))
+            written = await write(conn, [NewEvent(self.runs[place], "log") for place in which])
+        self.history += written.events
+        self.messages.append(pack(written.events))
 
     async def roll_back(self, count: int) -> None:
         with contextlib.suppress(ZeroDivisionError):
             async with self.db.begin() as conn:
-                await record(conn, [NewEvent(self.runs[0], "log")] * count)
+                await write(conn, [NewEvent(self.runs[0], "log")] * count)
                 raise ZeroDivisionError
 
     async def hear(self, at: int, back: int, patient: bool) -> None:

@@ -16,8 +16,9 @@ from switchboard import database
 from switchboard.events import Event, NewEvent, Scope, read_events
 from switchboard.live import hub as hubs
 from switchboard.live import stream as streams
+from switchboard.live.channel import Channel
 from switchboard.live.hub import Follower, Frame, Hub
-from switchboard.runs.ingest import record
+from switchboard.runs.ingest import write
 from tests.conftest import (
     Servers,
     Service,
@@ -269,7 +270,7 @@ async def test_a_subscription_that_went_deaf_is_replaced(
     server = await asyncio.start_server(swallow, "127.0.0.1", 0)
     async with server:
         redis = Redis(port=server.sockets[0].getsockname()[1], socket_timeout=None, protocol=2, driver_info=None)
-        async with Hub(db, redis).running(), asyncio.timeout(20):
+        async with Hub(db, redis, Channel(db)).running(), asyncio.timeout(20):
             while connections < 3:  # noqa: ASYNC110  # it counts what comes from outside
                 await asyncio.sleep(0.01)
         await redis.aclose()
@@ -308,7 +309,7 @@ async def test_a_stream_ends_when_postgresql_is_away(database_url: str, servers:
     """The browser comes back and resumes; an error in the middle of a stream cannot be told in any other way."""
     away = database.connect("postgresql://nobody@/nothing?host=/no/such/folder")
     redis = Redis.from_url(servers.redis_url)
-    hub = Hub(db, redis)
+    hub = Hub(db, redis, Channel(db))
     chunks = [chunk async for chunk in streams._stream(away, hub, Scope(), 0)]
     assert len(chunks) == 1  # the greeting
     await redis.aclose()
@@ -323,18 +324,21 @@ async def test_writers_take_turns_so_that_ids_become_visible_in_order(db: AsyncE
         async with db.connect() as conn:
             return list(await read_events(conn, scope, after=0, limit=10))
 
-    async def write(run_id: str) -> None:
+    async def write_one(run_id: str) -> None:
         async with db.begin() as conn:
-            await record(conn, [NewEvent(run_id, "log")])
+            await write(conn, [NewEvent(run_id, "log")])
 
     async def waiting() -> int:
         async with db.connect() as conn:
-            query = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+            query = text(
+                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted "
+                "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            )
             return await conn.scalar(query) or 0
 
     async with db.begin() as conn:
-        await record(conn, [NewEvent(runs[0], "log")])
-        second = asyncio.create_task(write(runs[1]))
+        await write(conn, [NewEvent(runs[0], "log")])
+        second = asyncio.create_task(write_one(runs[1]))
         async with asyncio.timeout(20):
             while not await waiting():
                 assert not second.done(), "the second one did not wait"

@@ -92,7 +92,15 @@ def upgrade() -> None:
     op.create_index("idx_run_events_context", "run_events", ["context_id", "id"], unique=False)
     op.create_index("idx_run_events_run", "run_events", ["run_id", "id"], unique=False)
 
+    op.create_table(
+        "installation",
+        sa.Column("id", sa.Uuid(), server_default=sa.text("gen_random_uuid()"), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("installation_pkey")),
+    )
+    op.execute("INSERT INTO installation DEFAULT VALUES")
+
 
 def downgrade() -> None:
-    for table in ("run_events", "held_callbacks", "executions", "agent_runs"):
+    for table in ("installation", "run_events", "held_callbacks", "executions", "agent_runs"):
         op.drop_table(table)

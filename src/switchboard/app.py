@@ -16,6 +16,7 @@ from switchboard import __version__, callbacks, database, errors
 from switchboard.happyrobot.client import HappyRobot
 from switchboard.live import stream
 from switchboard.live.announcer import Announcer
+from switchboard.live.channel import Channel
 from switchboard.live.hub import Hub
 from switchboard.runs import routes
 from switchboard.runs.intake import Intake
@@ -60,8 +61,9 @@ def create_app(settings: Settings | None = None, *, upstream: httpx.AsyncBaseTra
                 redis_url, socket_timeout=None, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0)
             )
             stack.push_async_callback(subscriber.aclose)
-            hub = await stack.enter_async_context(Hub(db, subscriber).running())
-            announcer = await stack.enter_async_context(Announcer(publisher, hub.look).running())
+            channel = Channel(db)
+            hub = await stack.enter_async_context(Hub(db, subscriber, channel).running())
+            announcer = await stack.enter_async_context(Announcer(publisher, channel, hub.look).running())
             intake = await stack.enter_async_context(Intake(db, announcer).running())
             yield State(settings=settings, db=db, happyrobot=happyrobot, hub=hub, announcer=announcer, intake=intake)
 

@@ -16,7 +16,7 @@ MAX_BODY = 1_000_000
 
 # What the parser lets through and PostgreSQL or a browser would not take: NUL characters, and numbers so large
 # that they have become infinite. Both are rare, so only a body that looks like it is searched.
-_SUSPICIOUS = re.compile(rb"\\u0000|[eE]\+?\d{3}|\d{300}")
+_SUSPICIOUS = re.compile(rb"\\u0000|\d[eE]\+?\d{3}|\d{200}")
 
 
 def _without_nul(value: str) -> str:

@@ -14,6 +14,7 @@ from uvicorn.supervisors import Multiprocess
 from switchboard import __version__, demo, local
 from switchboard import migrate as migrations
 from switchboard.embedded import EmbeddedUnavailable
+from switchboard.errors import PostgresAway
 from switchboard.happyrobot.simulator import Faults, Simulator
 from switchboard.settings import Settings
 
@@ -31,7 +32,7 @@ def main() -> None:
     """Runs the command; what went wrong is a line, not a traceback."""
     try:
         app()
-    except (EmbeddedUnavailable, local.PortTaken, local.ChildFailed, demo.DemoFailed) as error:
+    except (EmbeddedUnavailable, local.PortTaken, local.ChildFailed, demo.DemoFailed, PostgresAway) as error:
         sys.exit(f"switchboard: {error}")
     except ValidationError as error:
         complaints = [
@@ -75,14 +76,20 @@ def serve(
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(local.listening(host, settings.port if port is None else port))
         port = listener.getsockname()[1]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         stack.enter_context(local.environment(PORT=str(port)))
+        if settings.app_url is None:
+            # Where the simulator finds us. HappyRobot itself could not.
+            stack.enter_context(local.environment(APP_URL=_on_this_machine(address)))
+            if settings.happyrobot_webhook_url is not None:
+                typer.echo("APP_URL is not set: HappyRobot cannot send its callbacks to this machine", err=True)
         stack.enter_context(local.servers(settings))
         simulator = stack.enter_context(local.upstream(settings))
         if migrate:
             _migrate()
         if simulator:
             typer.echo(f"HAPPYROBOT_WEBHOOK_URL is not set: calls go to the simulator on {simulator}", err=True)
-        typer.echo(f"Switchboard {__version__} listens on http://{f'[{host}]' if ':' in host else host}:{port}")
+        typer.echo(f"Switchboard {__version__} listens on {address}")
         config = uvicorn.Config(
             "switchboard.app:create_app",
             factory=True,
@@ -98,6 +105,10 @@ def serve(
             Multiprocess(config, [listener]).run()
         else:
             uvicorn.Server(config).run([listener])
+
+
+def _on_this_machine(address: str) -> str:
+    return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 @app.command()

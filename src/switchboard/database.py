@@ -9,6 +9,8 @@ from pydantic_core import from_json, to_json
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from starlette.requests import HTTPConnection
 
+from switchboard.errors import PostgresAway
+
 # Parameters that libpq or Prisma know but asyncpg would send to the server as settings, which it refuses.
 _FOREIGN_PARAMETERS = frozenset(
     {
@@ -37,17 +39,20 @@ def _dump(value: Any) -> str:
     return to_json(value).decode()
 
 
-def connect(url: str, *, pool_size: int = 10) -> AsyncEngine:
-    """An engine; nothing is connected until it is used."""
+def connect(url: str, *, pool_size: int = 10, statement_timeout: float | None = 10) -> AsyncEngine:
+    """An engine; nothing is connected until it is used.
+
+    A statement that PostgreSQL does not answer within `statement_timeout` seconds raises TimeoutError, also when the
+    network has swallowed it.
+    """
     address = dsn(url)
 
     async def open_connection(**_: Any) -> Any:
         try:
-            return await asyncpg.connect(address, timeout=5)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            # Starting up, shutting down, too many connections, a wrong password: SQLAlchemy would let it through
-            # as it is, and to those who ask it is all the same.
-            raise ConnectionError(f"PostgreSQL takes no connection: {type(error).__name__}") from error
+            return await asyncpg.connect(address, timeout=5, command_timeout=statement_timeout)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            # Not there, starting up, too many connections, a wrong password: to those who ask it is all the same.
+            raise PostgresAway(f"PostgreSQL takes no connection ({type(error).__name__})") from error
 
     return create_async_engine(
         "postgresql+asyncpg://",

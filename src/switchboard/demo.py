@@ -32,20 +32,25 @@ def run(*, once: bool, port: int, pace: float) -> None:
     """Starts everything, follows one call to its end, and stays until it is told to leave, unless `once`."""
     console = Console(highlight=False)
     console.print("\n[bold]Switchboard[/bold]  one call, from the trigger to the result\n")
-    settings = Settings()
+    # Whatever the environment says: a demonstration calls nobody, and touches nobody's database.
+    settings = Settings(
+        environment="development", database_url=None, redis_url=None, happyrobot_webhook_url=None, app_url=None
+    )
     with contextlib.ExitStack() as stack:
+        stack.enter_context(local.environment(ENVIRONMENT="development", ALLOW_ANONYMOUS="true"))
         with _step(console, "PostgreSQL and Redis"):
             stack.enter_context(local.servers(settings))
         with _step(console, "HappyRobot"):
             simulator = stack.enter_context(local.upstream(settings, port=local.free_port(8090), pace=pace))
         with _step(console, "Service"):
             free = local.free_port(port)
+            stack.enter_context(local.environment(APP_URL=f"http://{local.LOOPBACK}:{free}"))
             address = stack.enter_context(local.child("serve", "--port", str(free)))
             client = stack.enter_context(httpx.Client(base_url=address, timeout=httpx.Timeout(10, read=_PATIENCE)))
             _wait_until_it_answers(client)
         if free != port:
             console.print(f"  [yellow]Port {port} is taken; the service listens on {free}.[/yellow]")
-        console.print(f"  calls go to {'the simulator on ' + simulator if simulator else 'HappyRobot itself'}\n")
+        console.print(f"  calls go to the simulator on {simulator}\n")
         try:
             _watch_a_call(console, client)
         except httpx.HTTPError as error:

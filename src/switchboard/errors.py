@@ -16,9 +16,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ _MEANINGS = {
     404: "There is no such thing.",
     413: "The body is larger than 1 MB; nothing was changed.",
     502: "HappyRobot did not confirm the start. The execution says what is known.",
-    503: "PostgreSQL is away; try again after `Retry-After` seconds.",
+    503: "PostgreSQL is away, or there is too much to do; try again after `Retry-After` seconds.",
 }
 
 Responses = dict[int | str, dict[str, Any]]
@@ -101,11 +102,25 @@ def complaint(errors: Sequence[Any], *, skip: int = 0) -> str:
     return f"{name}: {first['msg']}"
 
 
+class PostgresAway(ConnectionError):
+    """PostgreSQL takes no connection."""
+
+
+# What PostgreSQL says when it is not the statement's fault: shutting down or crashed, starting up, too many
+# connections, a lock or a statement that took too long, a session that was ended.
+_PASSING = frozenset({"57P01", "57P02", "57P03", "53300", "55P03", "57014", "25P03", "25P04"})
+
+
 def postgres_is_away(error: Exception) -> bool:
-    """Whether an error says that there is no connection, and not that a statement was wrong."""
-    return isinstance(error, (OperationalError, InterfaceError, PoolTimeout, OSError)) or (
+    """Whether an error says that there is no connection, and not that a statement failed."""
+    return isinstance(error, (PostgresAway, InterfaceError, PoolTimeout, TimeoutError)) or (
         isinstance(error, DBAPIError) and error.connection_invalidated
     )
+
+
+def will_pass(error: Exception) -> bool:
+    """Whether the same request may well succeed a moment later."""
+    return postgres_is_away(error) or getattr(getattr(error, "orig", None), "sqlstate", None) in _PASSING
 
 
 def install(app: FastAPI) -> None:
@@ -127,12 +142,18 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(DBAPIError)
     @app.exception_handler(PoolTimeout)
-    @app.exception_handler(OSError)
+    @app.exception_handler(PostgresAway)
+    @app.exception_handler(TimeoutError)
     async def _(_: Request, error: Exception) -> Response:
-        if not postgres_is_away(error):
+        if not will_pass(error):
             raise error
-        log.warning("PostgreSQL is away: %s", type(error).__name__)
+        log.warning("PostgreSQL is away or busy: %s", type(error).__name__)
         return _answer(503, "Database unavailable")
+
+    @app.exception_handler(ClientDisconnect)
+    async def _(_: Request, __: ClientDisconnect) -> Response:
+        # Hung up in the middle of its body: nobody is there to read this.
+        return _answer(400, "The body is incomplete")
 
     @app.exception_handler(Exception)
     async def _(_: Request, __: Exception) -> Response:

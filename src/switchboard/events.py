@@ -8,7 +8,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
 from pydantic_core import to_json
-from sqlalchemy import Row, Select, select
+from sqlalchemy import Row, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.tables import RunStatus, run_events
@@ -33,8 +33,12 @@ class NewEvent:
     data: Any = None
     status: RunStatus | None = None
     """What it says about the run, if anything."""
+    outcome: Any = None
+    """What it leaves as `result` or `error` of a run that ends so."""
     guess: bool = False
     """Whether that is only what we suppose, because nobody says anything."""
+    only_if_it_moves: bool = False
+    """Whether it is worth an event only where it changes the run's status."""
     occurred_at: datetime | None = None
     execution_id: str | None = None
     """Our execution, where HappyRobot sends it back."""
@@ -88,20 +92,15 @@ class Scope:
         )
 
 
-def _within(scope: Scope) -> Select[Any]:
-    query = select(run_events).order_by(run_events.c.id)
-    if scope.context_id is not None:
-        query = query.where(run_events.c.context_id == scope.context_id)
-    if scope.run_id is not None:
-        query = query.where(run_events.c.run_id == scope.run_id)
-    return query
-
-
 async def read_events(
     conn: AsyncConnection, scope: Scope, *, after: int, limit: int, up_to: int | None = None
 ) -> Sequence[Event]:
     """Events with `after` < id <= `up_to`, oldest first."""
-    query = _within(scope).where(run_events.c.id > after).limit(limit)
+    query = select(run_events).where(run_events.c.id > after).order_by(run_events.c.id).limit(limit)
+    if scope.context_id is not None:
+        query = query.where(run_events.c.context_id == scope.context_id)
+    if scope.run_id is not None:
+        query = query.where(run_events.c.run_id == scope.run_id)
     if up_to is not None:
         query = query.where(run_events.c.id <= up_to)
     return [Event.of(row) for row in await conn.execute(query)]

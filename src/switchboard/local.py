@@ -89,7 +89,8 @@ def upstream(settings: Settings, *, port: int = 0, pace: float = 0.4) -> Iterato
     if settings.happyrobot_webhook_url is not None:
         yield None
         return
-    keys = {"HAPPYROBOT_X_API_KEY": secrets.token_hex(16), "HAPPYROBOT_API_KEY": secrets.token_hex(16)}
+    names = ("HAPPYROBOT_X_API_KEY", "HAPPYROBOT_CALLBACK_KEY", "HAPPYROBOT_API_KEY")
+    keys = {name: secrets.token_hex(16) for name in names}
     with environment(**keys), child("simulate", "--port", str(port), "--pace", str(pace)) as address:
         hook, api = f"{address}/hooks/demo", f"{address}/api/v1"
         with environment(HAPPYROBOT_WEBHOOK_URL=hook, HAPPYROBOT_API_URL=api):

@@ -20,7 +20,7 @@ def config() -> Config:
 
 async def migrate(url: str) -> None:
     """Upgrades to the newest revision in one transaction; waits while another process does the same."""
-    engine = database.connect(url)
+    engine = database.connect(url, statement_timeout=None)
     alembic = config()
 
     def upgrade(connection: object) -> None:

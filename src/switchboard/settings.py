@@ -1,12 +1,18 @@
 """Every setting, read once from the environment (or a `.env` file) into one frozen object."""
 
+import re
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from fastapi import Depends
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from starlette.requests import HTTPConnection
+
+_SCHEMES = {
+    "database_url": ("postgresql://", "postgres://", "postgresql+asyncpg://"),
+    "redis_url": ("redis://", "rediss://", "unix://"),
+}
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -105,6 +111,21 @@ class Settings(BaseSettings):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must be an http:// or https:// address")
         return value.rstrip("/")
+
+    @field_validator("database_url", "redis_url")
+    @classmethod
+    def _require_scheme(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        schemes = _SCHEMES[info.field_name or ""]
+        if value is not None and not value.get_secret_value().startswith(schemes):
+            raise ValueError(f"must start with {' or '.join(schemes)}")
+        return value
+
+    @field_validator("happyrobot_x_api_key", "happyrobot_api_key", "happyrobot_callback_key")
+    @classmethod
+    def _require_what_a_header_can_carry(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"[\x21-\x7e]+", value.get_secret_value()):
+            raise ValueError("must be printable ASCII without spaces")
+        return value
 
     @model_validator(mode="after")
     def _require_real_parts_in_production(self) -> Self:

@@ -57,7 +57,7 @@ metadata = MetaData(
 )
 
 
-def _now() -> Column[object]:
+def _created_at() -> Column[object]:
     return Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now())
 
 
@@ -74,7 +74,7 @@ agent_runs = Table(
     Column("status", String(50), nullable=False, server_default=RunStatus.PENDING),
     # `result` and `error` live here, and whatever else a foreign INSERT put in. Logs are rows of `run_events`.
     Column("metadata", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
-    _now(),
+    _created_at(),
     # When the run itself last changed. Its last sign of life is its newest event.
     Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("workflow_id", String(255), nullable=False, server_default="default"),
@@ -102,7 +102,7 @@ executions = Table(
     Column("status", String(50), nullable=False, server_default=ExecutionStatus.PENDING),
     Column("input", JSONB, nullable=False),
     Column("error", Text),
-    _now(),
+    _created_at(),
     Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("completed_at", DateTime(timezone=True)),
     Index("idx_executions_status", "status", "created_at"),
@@ -126,6 +126,14 @@ run_events = Table(
     Column("dedupe_key", Uuid, unique=True),
     Index("idx_run_events_run", "run_id", "id"),
     Index("idx_run_events_context", "context_id", "id"),
+)
+
+# One row: which installation this database belongs to.
+installation = Table(
+    "installation",
+    metadata,
+    Column("id", Uuid, primary_key=True, server_default=func.gen_random_uuid()),
+    _created_at(),
 )
 
 # Callbacks of runs that are not known yet; claimed when the run's row is written, dropped after a day.

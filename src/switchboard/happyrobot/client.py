@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import httpx
 from fastapi import Depends
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 from pydantic_core import from_json
 from starlette.requests import HTTPConnection
 
@@ -23,6 +23,9 @@ from switchboard.tables import RunStatus
 
 _PLATFORM_UI = "https://v2.platform.happyrobot.ai"
 _MAX_ANSWER = 10_000_000
+_CONNECT_TIMEOUT = 5.0
+"""Seconds to wait for a connection, a free one or a new one: until then nothing has been sent."""
+
 _STATUS_TIMEOUT = 2.0
 """Seconds. Whoever asks for a status waits no longer for HappyRobot; the database answers instead."""
 
@@ -67,15 +70,22 @@ class HappyRobot:
 
     def __init__(self, settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._settings = settings
-        self._http = httpx.AsyncClient(
-            transport=transport,
-            timeout=httpx.Timeout(settings.happyrobot_trigger_timeout, connect=5),
-            limits=httpx.Limits(max_connections=100, max_keepalive_connections=20),
-            headers={"User-Agent": "switchboard"},
-        )
+
+        def client(timeout: float) -> httpx.AsyncClient:
+            return httpx.AsyncClient(
+                transport=transport,
+                timeout=httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT, pool=_CONNECT_TIMEOUT),
+                limits=httpx.Limits(max_connections=100, max_keepalive_connections=20),
+                headers={"User-Agent": "switchboard"},
+            )
+
+        # Apart, so that hooks which hang leave the Platform API its connections.
+        self._hooks = client(settings.happyrobot_trigger_timeout)
+        self._platform = client(_STATUS_TIMEOUT)
 
     async def aclose(self) -> None:
-        await self._http.aclose()
+        await self._hooks.aclose()
+        await self._platform.aclose()
 
     async def trigger(self, hook: Hook, payload: dict[str, Any]) -> list[str]:
         """Starts a workflow and returns its runs' ids, at least one.
@@ -85,9 +95,8 @@ class HappyRobot:
         headers = {"X-API-KEY": hook.key.get_secret_value()} if hook.key else {}
         try:
             async with asyncio.timeout(self._settings.happyrobot_trigger_timeout):
-                status, body = await self._send(
-                    self._http.build_request("POST", hook.url, json=payload, headers=headers)
-                )
+                request = self._hooks.build_request("POST", hook.url, json=payload, headers=headers)
+                status, body = await _send(self._hooks, request)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise NotSent(f"HappyRobot cannot be reached ({type(error).__name__})") from error
         except (httpx.HTTPError, TimeoutError) as error:
@@ -96,7 +105,7 @@ class HappyRobot:
             raise Refused(f"HappyRobot answered {status}")
         try:
             run_ids = TriggerAnswer.model_validate(from_json(body)).run_ids
-        except (ValueError, ValidationError) as error:
+        except ValueError as error:
             raise Unknown(f"HappyRobot answered {status} with something unreadable") from error
         if not run_ids:
             raise Unknown(f"HappyRobot answered {status} without naming a run")
@@ -113,22 +122,23 @@ class HappyRobot:
         url = f"{self._settings.happyrobot_api_url}/runs/{quote(run_id, safe='')}"
         try:
             async with asyncio.timeout(_STATUS_TIMEOUT):
-                status, body = await self._send(self._http.build_request("GET", url, headers=headers))
+                status, body = await _send(self._platform, self._platform.build_request("GET", url, headers=headers))
             return read_run_status(from_json(body)) if status == httpx.codes.OK else None
         except (httpx.HTTPError, TimeoutError, ValueError):
             return None
 
-    async def _send(self, request: httpx.Request) -> tuple[int, bytes]:
-        response = await self._http.send(request, stream=True)
-        try:
-            body = bytearray()
-            async for chunk in response.aiter_bytes():
-                body += chunk
-                if len(body) > _MAX_ANSWER:
-                    raise httpx.DecodingError("the answer is too large", request=request)
-            return response.status_code, bytes(body)
-        finally:
-            await response.aclose()
+
+async def _send(client: httpx.AsyncClient, request: httpx.Request) -> tuple[int, bytes]:
+    response = await client.send(request, stream=True)
+    try:
+        body = bytearray()
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > _MAX_ANSWER:
+                raise httpx.DecodingError("the answer is too large", request=request)
+        return response.status_code, bytes(body)
+    finally:
+        await response.aclose()
 
 
 def _happyrobot(connection: HTTPConnection) -> HappyRobot:

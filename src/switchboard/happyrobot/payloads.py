@@ -4,11 +4,12 @@ import hashlib
 import math
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import NoneType
 from typing import Annotated, Any
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic_core import to_json
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError, to_json
 
 from switchboard.bodies import Id, ShortText, Text, check
 from switchboard.events import NewEvent
@@ -45,6 +46,19 @@ def platform_status(word: object) -> RunStatus | None:
     return _PLATFORM_WORDS.get(word) if isinstance(word, str) else None
 
 
+def _string_or_number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, NoneType)):
+        raise PydanticCustomError("timestamp_type", "must be a string or a number")
+    return value
+
+
+_Timestamp = Annotated[
+    Any,
+    AfterValidator(_string_or_number),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}, {"type": "null"}]}),
+]
+
+
 class CallbackIn(BaseModel):
     """The guide's callback."""
 
@@ -55,9 +69,7 @@ class CallbackIn(BaseModel):
         description="`log`, `running`, `completed`, `failed`, `canceled`, or a word of the workflow's author.",
         examples=["log"],
     )
-    timestamp: Text | Annotated[float, Field(allow_inf_nan=False)] | None = Field(
-        None, description="When it happened.", examples=["2026-01-15T09:30:00.250Z"]
-    )
+    timestamp: _Timestamp = Field(None, description="When it happened.", examples=["2026-01-15T09:30:00.250Z"])
     data: Any = Field(None, description="Anything.", examples=[{"message": "Agent said hello"}])
     execution_id: ShortText | None = Field(None, description="Our execution, if the workflow echoes it.")
 
@@ -82,17 +94,39 @@ class _CloudEvent(BaseModel):
 _MOST_SECONDS = 1e11
 
 
+# Outside of it is what means "not set" elsewhere (the years 1 and 9999), and what PostgreSQL takes for infinite.
+_CALENDAR = range(1970, 2200)
+
+
 def _moment(value: str | float | None) -> datetime | None:
     """A time as authors write it: ISO 8601, or seconds or milliseconds since 1970. Nonsense is None."""
     try:
         if isinstance(value, str):
             moment = datetime.fromisoformat(value)
-            return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        if isinstance(value, (int, float)):
-            return datetime.fromtimestamp(value / 1000 if math.fabs(value) > _MOST_SECONDS else value, UTC)
+            moment = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+        elif isinstance(value, (int, float)):
+            moment = datetime.fromtimestamp(value / 1000 if math.fabs(value) > _MOST_SECONDS else value, UTC)
+        else:
+            return None
     except (ValueError, OverflowError, OSError):
-        pass
-    return None
+        return None
+    return moment if moment.year in _CALENDAR else None
+
+
+def _tells_copies_apart(timestamp: str | float | None) -> bool:
+    """Whether a timestamp is one: not a variable that resolved to nothing, nor a zero time.
+
+    One in words of the author's own is good enough.
+    """
+    if _moment(timestamp) is not None:
+        return True
+    if not isinstance(timestamp, str) or not timestamp.strip():
+        return False
+    try:
+        datetime.fromisoformat(timestamp)
+    except ValueError:
+        return True
+    return False
 
 
 def _key(run_id: str, kind: str, *parts: str | bytes) -> UUID:
@@ -136,9 +170,10 @@ def _read_guide_callback(callback: CallbackIn, raw: bytes) -> NewEvent:
         callback.event_type,
         callback.data,
         _CALLBACK_WORDS.get(callback.event_type),
+        outcome=callback.data,
         occurred_at=_moment(callback.timestamp),
         execution_id=callback.execution_id,
-        dedupe_key=None if callback.timestamp is None else _key(callback.run_id, "body", raw),
+        dedupe_key=_key(callback.run_id, "body", raw) if _tells_copies_apart(callback.timestamp) else None,
     )
 
 

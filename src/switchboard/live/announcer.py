@@ -9,14 +9,12 @@ from typing import Annotated, Self
 
 from fastapi import Depends
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 from starlette.requests import HTTPConnection
 
 from switchboard.events import Event
+from switchboard.live.channel import Channel
 
 log = logging.getLogger(__name__)
-
-CHANNEL = "switchboard:events"
 
 _MAX_WAITING = 10_000
 """Events; more than that are left to the readers' look into PostgreSQL."""
@@ -37,8 +35,9 @@ class Announcer:
     called then, so that this process's own readers need not wait for their next look.
     """
 
-    def __init__(self, redis: Redis, on_failure: Callable[[], None]) -> None:
+    def __init__(self, redis: Redis, channel: Channel, on_failure: Callable[[], None]) -> None:
         self._redis = redis
+        self._channel = channel
         self._on_failure = on_failure
         self._waiting: deque[Event] = deque(maxlen=_MAX_WAITING)
         self._news = asyncio.Event()
@@ -73,10 +72,10 @@ class Announcer:
     async def _publish(self) -> None:
         batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _MAX_MESSAGE))]
         try:
-            await self._redis.publish(CHANNEL, pack(batch))
-        except (RedisError, OSError) as error:
+            await self._redis.publish(await self._channel.name(), pack(batch))
+        except Exception as error:  # noqa: BLE001  # nobody waits for this task; it must outlive what goes wrong
             if self._healthy:
-                log.warning("Redis is away (%s); streams read from PostgreSQL", type(error).__name__)
+                log.warning("events are not announced (%s); streams read from PostgreSQL", type(error).__name__)
             self._healthy = False
             self._on_failure()
         else:

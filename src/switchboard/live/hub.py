@@ -12,14 +12,13 @@ from fastapi import Depends
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import HTTPConnection
 
 from switchboard.events import Event, Scope, read_events
-from switchboard.live.announcer import CHANNEL
+from switchboard.live.channel import Channel
 from switchboard.tables import run_events
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,8 @@ _RECONNECT_AFTER = 0.5
 """Seconds between attempts to subscribe."""
 
 MAX_UNREAD = 1000
-"""Events that a reader may lag behind before it is sent away. It resumes from PostgreSQL when it comes back."""
+MAX_UNREAD_BYTES = 8_000_000
+"""Events, and their size, that a reader may lag behind before it is sent away. It resumes from PostgreSQL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,13 @@ class Frame:
         return b"id: %d\ndata: %b\n\n" % (self.event.id, self.line)
 
 
+def unpack(message: bytes) -> tuple[tuple[int, int], list[Frame]]:
+    """Reads what the announcer packed. Raises ValueError for anything else."""
+    head, *lines = message.split(b"\n")
+    first, last = map(int, head.split())
+    return (first, last), [Frame(Event.model_validate_json(line), line) for line in lines]
+
+
 class Follower:
     """One reader's place in the hub: the events of its scope that it has not read yet."""
 
@@ -66,15 +73,17 @@ class Follower:
         """Every event up to this id was committed before this follower joined; later ones are handed to it."""
         self.lagging = False
         self._unread: deque[Frame] = deque()
+        self._unread_bytes = 0
         self._wake = asyncio.Event()
         self._closed = False
 
     def push(self, frame: Frame) -> None:
-        if len(self._unread) >= MAX_UNREAD:
+        if len(self._unread) >= MAX_UNREAD or self._unread_bytes >= MAX_UNREAD_BYTES:
             self.lagging = True
             self.close()
         if not self._closed:
             self._unread.append(frame)
+            self._unread_bytes += len(frame.line)
             self._wake.set()
 
     def close(self) -> None:
@@ -89,6 +98,7 @@ class Follower:
             self._wake.clear()
         frames = list(self._unread)
         self._unread.clear()
+        self._unread_bytes = 0
         return frames
 
 
@@ -100,9 +110,10 @@ class Hub:
     transaction) sends the hub to PostgreSQL, which is right. So does silence.
     """
 
-    def __init__(self, db: AsyncEngine, redis: Redis) -> None:
+    def __init__(self, db: AsyncEngine, redis: Redis, channel: Channel) -> None:
         self._db = db
         self._redis = redis
+        self._channel = channel
         self._followers: set[Follower] = set()
         self._cursor: int | None = None
         """Everything up to this id has been handed out; None while nobody reads."""
@@ -163,9 +174,9 @@ class Hub:
         while True:
             try:
                 async with self._redis.pubsub() as pubsub:
-                    await pubsub.subscribe(CHANNEL)
+                    await pubsub.subscribe(await self._channel.name())
                     await self._receive(pubsub)
-            except (RedisError, OSError) as error:
+            except Exception as error:  # noqa: BLE001  # nobody waits for this task; it must outlive what goes wrong
                 log.debug("no subscription: %s", type(error).__name__)
             await asyncio.sleep(_RECONNECT_AFTER)
 
@@ -202,17 +213,23 @@ class Hub:
             except (SQLAlchemyError, OSError) as error:
                 # Streams stay open meanwhile; the next look, or the next message, fills the gap.
                 log.warning("streams wait for PostgreSQL: %s", type(error).__name__)
+            except Exception:
+                # Nobody waits for this task, and every stream of the process waits for it.
+                log.exception("streams are late")
 
     def _continue_with(self, message: bytes) -> bool:
         """Hands out a message's events if they follow on what was handed out; False if something is missing."""
-        head, *lines = message.split(b"\n")
-        first, last = map(int, head.split())
+        try:
+            (first, last), frames = unpack(message)
+        except ValueError:
+            # Not ours, or of a newer version during a deployment. PostgreSQL knows.
+            return False
         cursor = self._cursor or 0
         if last <= cursor:
             return True
-        if first != cursor + 1 or last - first + 1 != len(lines):
+        if first != cursor + 1 or last - first + 1 != len(frames):
             return False
-        for frame in (Frame(Event.model_validate_json(line), line) for line in lines):
+        for frame in frames:
             self._push(frame)
         return True
 
@@ -220,6 +237,8 @@ class Hub:
         while self._cursor is not None:
             async with self._db.connect() as conn:
                 events = await read_events(conn, Scope(), after=self._cursor, limit=_PAGE)
+            if self._cursor is None:
+                return  # the last reader has left meanwhile
             for event in events:
                 self._push(Frame.of(event))
             if len(events) < _PAGE:

@@ -13,7 +13,10 @@ from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
 from starlette.responses import Response
+from starlette.types import Receive, Send
+from starlette.types import Scope as ASGIScope
 
 from switchboard.access import Allowed
 from switchboard.bodies import Id
@@ -100,7 +103,7 @@ async def follow_events(
     if run_id is not None and await _status(db, run_id) in FINAL and seen_end:
         # The one answer that stops an EventSource from reconnecting.
         return Response(status_code=204)
-    return EventSourceResponse(
+    return _Response(
         _stream(db, hub, Scope(context_id, run_id), after),
         shutdown_event=cast("anyio.Event", _Goodbye(hub)),
         shutdown_grace_period=_GRACE,
@@ -128,6 +131,14 @@ async def _status(db: AsyncEngine, run_id: str) -> RunStatus:
     if status is None:
         raise NotFound("Run not found")
     return RunStatus(status)
+
+
+class _Response(EventSourceResponse):
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            log.info("a browser that did not read was sent away")
 
 
 class _Goodbye:

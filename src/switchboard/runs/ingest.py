@@ -15,6 +15,7 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
+    exists,
     func,
     insert,
     literal,
@@ -36,29 +37,15 @@ from switchboard.tables import ExecutionStatus, RunStatus, agent_runs, execution
 # Ids are handed out before commit, so a reader that resumes after N could miss an event that committed later under
 # a smaller id. Writers therefore take turns, from before the first id until after the commit. What a turn costs is
 # one commit, whatever the number of events in it. See docs/decisions/0002-events-in-commit-order.md.
-_TURN = text("SELECT pg_advisory_xact_lock(7308060441651407467)")
+#
+# Whoever vanishes in the middle of a turn (its network was cut) must not keep it, and a row that a foreign session has
+# locked must not either. Set for the transaction alone, which works behind a pooler, too.
+_TURN = text(
+    "SELECT set_config('lock_timeout', '3s', true), set_config('idle_in_transaction_session_timeout', '5s', true), "
+    "pg_advisory_xact_lock(7308060441651407467)"
+)
 
 _HELD_FOR = text("interval '1 day'")
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """The event is in the timeline."""
-
-    event: Event
-
-
-@dataclass(frozen=True, slots=True)
-class Duplicate:
-    """A copy of it was there already; nothing was changed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Its run is not known yet; it is kept until the run is."""
-
-
-Outcome = Recorded | Duplicate | Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +60,49 @@ class NewRuns:
     run_ids: Sequence[str]
 
 
+News = NewEvent | NewRuns
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """It is in the timeline."""
+
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """The runs have rows, and what was held for them is in their timelines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """A copy of it was there already; nothing was changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """It was wanted only if it moved its run, and it did not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Its run is not known yet; it is kept until the run is."""
+
+
+Outcome = Recorded | Registered | Duplicate | Unchanged | Held
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What came of a turn."""
+
+    outcomes: Sequence[Outcome]
+    """One for each of the news, in their order."""
+    events: Sequence[Event]
+    """All that is new in the timelines, by id; to be announced after the commit."""
+
+
 @dataclass(slots=True)
 class _Run:
     """A run as the database has it, and as this turn leaves it."""
@@ -84,6 +114,7 @@ class _Run:
     now: Standing
     known: set[str]
     """Which of `result` and `error` its metadata holds."""
+    has_held: bool
     gained: dict[str, Any] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
 
@@ -91,8 +122,11 @@ class _Run:
     def changed(self) -> bool:
         return self.now != self.before or bool(self.gained)
 
-    def take(self, event: NewEvent) -> None:
-        """Moves the run as the event says, and keeps a result or an error that comes with its end."""
+    def take(self, event: NewEvent) -> bool:
+        """Moves the run as the event says, and keeps a result or an error that comes with its end.
+
+        Returns whether the run moved.
+        """
         was = self.now
         self.now = timed_out(was) if event.guess else advance(was, event.status)
         if was.timed_out and not self.now.timed_out:
@@ -100,73 +134,112 @@ class _Run:
             self.lost.add("error")
         if event.status is self.now.status and self.now.timed_out is event.guess:
             # Also after the end: a poll may have learnt of it before the callback brought the result.
-            self._keep(_KEPT_AS.get(event.status), event.data)
+            self._keep(_KEPT_AS.get(event.status), event.outcome)
+        return self.now != was
 
-    def _keep(self, name: str | None, data: Any) -> None:
-        if name is not None and data is not None and name not in self.known:
+    def _keep(self, name: str | None, outcome: Any) -> None:
+        if name is not None and outcome is not None and name not in self.known:
             self.known.add(name)
-            self.gained[name] = data
+            self.gained[name] = outcome
 
 
 _KEPT_AS = {RunStatus.COMPLETED: "result", RunStatus.FAILED: "error"}
 
 
-async def record(conn: AsyncConnection, news: Sequence[NewEvent]) -> list[Outcome]:
-    """Appends events and moves their runs, in the caller's transaction.
+async def write(conn: AsyncConnection, news: Sequence[News]) -> Written:
+    """Appends events, moves runs and writes the rows of new ones, in the caller's transaction.
 
     The caller announces the events once it has committed, and locks nothing before this call that another writer
     could wait for: turns come first.
     """
     await conn.execute(_TURN)
-    runs = await _load_runs(conn, {event.run_id for event in news})
-    seen = await _seen(conn, news)
-    kinds: list[type[Recorded | Duplicate | Held]] = []
-    fresh: list[NewEvent] = []
-    early: list[NewEvent] = []
-    for event in news:
-        if event.run_id not in runs:
-            early.append(event)
-            kinds.append(Held)
-        elif event.dedupe_key in seen:
-            kinds.append(Duplicate)
-        else:
-            fresh.append(event)
-            kinds.append(Recorded)
-            if event.dedupe_key is not None:
-                seen.add(event.dedupe_key)
-    await _hold(conn, early)
-    written = iter(await _append(conn, runs, fresh))
-    return [Recorded(next(written)) if kind is Recorded else _NOT_WRITTEN[kind] for kind in kinds]
+    starts = [item for item in news if isinstance(item, NewRuns)]
+    events = [item for item in news if isinstance(item, NewEvent)]
+    beginnings = [event for start in starts for event in await _insert_runs(conn, start)]
+    runs = await _load_runs(conn, {event.run_id for event in (*beginnings, *events)})
+    claimed = await _claim(conn, [run.run_id for run in runs.values() if run.has_held])
+    sorting = _Sorting(runs, await _seen(conn, [*claimed, *events]))
+    for event in (*beginnings, *claimed):
+        sorting.sort(event)
+    verdicts = iter([sorting.sort(event) for event in events])
+    await _hold(conn, sorting.early)
+    written = await _append(conn, sorting.rows)
+    await _move_runs(conn, [run for run in runs.values() if run.changed])
+    await _move_executions(
+        conn,
+        {run.execution_id for run in runs.values() if run.changed and run.execution_id is not None}
+        | {start.execution_id for start in starts},
+    )
+    outcomes: list[Outcome] = []
+    for item in news:
+        verdict = Registered() if isinstance(item, NewRuns) else next(verdicts)
+        outcomes.append(Recorded(written[verdict]) if isinstance(verdict, int) else verdict)
+    return Written(outcomes, written)
 
 
-_NOT_WRITTEN: dict[type[Recorded | Duplicate | Held], Outcome] = {Duplicate: Duplicate(), Held: Held()}
+@dataclass(slots=True)
+class _Sorting:
+    """Which events are written, held or dropped; moves the runs on the way."""
+
+    runs: dict[str, _Run]
+    seen: set[UUID]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    early: list[NewEvent] = field(default_factory=list)
+
+    def sort(self, event: NewEvent) -> Outcome | int:
+        """What becomes of an event: the place of its row, or the reason why it has none."""
+        run = self.runs.get(event.run_id)
+        if run is None:
+            self.early.append(event)
+            return Held()
+        if event.dedupe_key in self.seen:
+            return Duplicate()
+        moved = run.take(event)
+        if event.only_if_it_moves and not moved:
+            return Unchanged()
+        if event.dedupe_key is not None:
+            self.seen.add(event.dedupe_key)
+        self.rows.append(
+            {
+                "run_id": run.run_id,
+                "context_id": run.context_id,
+                "event_type": event.event_type,
+                "status": run.now.status,
+                "data": event.data,
+                "occurred_at": event.occurred_at,
+                "dedupe_key": event.dedupe_key,
+            }
+        )
+        return len(self.rows) - 1
 
 
-async def register(conn: AsyncConnection, new: NewRuns) -> list[Event]:
-    """Writes the rows of runs that were just started, and applies what was held for them.
+async def _insert_runs(conn: AsyncConnection, start: NewRuns) -> list[NewEvent]:
+    """Writes the rows of runs that are not known yet; returns their first events.
 
-    A run that is known already stays as it is. The caller announces the events once it has committed.
+    A run that is known stays as it is, but for the execution that it lacked.
     """
-    await conn.execute(_TURN)
     row = {
-        "context_id": new.context_id,
-        "name": new.name,
-        "description": new.description,
-        "workflow_id": new.workflow_id,
-        "execution_id": new.execution_id,
+        "context_id": start.context_id,
+        "name": start.name,
+        "description": start.description,
+        "workflow_id": start.workflow_id,
+        "execution_id": start.execution_id,
         "status": RunStatus.RUNNING,
     }
-    added = await conn.scalars(
-        upsert(agent_runs).on_conflict_do_nothing(index_elements=["run_id"]).returning(agent_runs.c.run_id),
-        [row | {"run_id": run_id} for run_id in new.run_ids],
+    added = set(
+        await conn.scalars(
+            upsert(agent_runs).on_conflict_do_nothing(index_elements=["run_id"]).returning(agent_runs.c.run_id),
+            [row | {"run_id": run_id} for run_id in start.run_ids],
+        )
     )
-    run_ids = set(added)
-    started = {"name": new.name, "workflow_id": new.workflow_id, "execution_id": str(new.execution_id)}
-    beginnings = [NewEvent(run_id, "triggered", started) for run_id in new.run_ids if run_id in run_ids]
-    runs = await _load_runs(conn, run_ids)
-    events = await _append(conn, runs, beginnings + await _claim(conn, run_ids))
-    await _move_executions(conn, {new.execution_id})
-    return events
+    if known := [run_id for run_id in start.run_ids if run_id not in added]:
+        await conn.execute(
+            update(agent_runs)
+            .where(agent_runs.c.run_id.in_(known), agent_runs.c.execution_id.is_(None))
+            .values(execution_id=start.execution_id)
+        )
+    data = {"name": start.name, "workflow_id": start.workflow_id, "execution_id": str(start.execution_id)}
+    return [NewEvent(run_id, "triggered", data) for run_id in start.run_ids if run_id in added]
 
 
 # A foreign INSERT may have stored any JSON.
@@ -182,6 +255,8 @@ _LOAD_RUNS = select(
     agent_runs.c.timed_out,
     type_coerce(_METADATA, JSONB).has_key("result").label("has_result"),
     type_coerce(_METADATA, JSONB).has_key("error").label("has_error"),
+    # Where somebody else than us wrote the row, nobody has claimed them yet.
+    exists().where(held_callbacks.c.run_id == agent_runs.c.run_id).label("has_held"),
 ).where(agent_runs.c.run_id == any_(bindparam("run_ids", type_=ARRAY(String))))
 
 
@@ -190,7 +265,7 @@ async def _load_runs(conn: AsyncConnection, run_ids: Collection[str]) -> dict[st
     for row in await conn.execute(_LOAD_RUNS, {"run_ids": list(run_ids)}):
         standing = Standing(RunStatus(row.status), row.timed_out)
         known = {name for name, there in (("result", row.has_result), ("error", row.has_error)) if there}
-        runs[row.run_id] = _Run(row.run_id, row.context_id, row.execution_id, standing, standing, known)
+        runs[row.run_id] = _Run(row.run_id, row.context_id, row.execution_id, standing, standing, known, row.has_held)
     return runs
 
 
@@ -206,28 +281,8 @@ async def _seen(conn: AsyncConnection, news: Sequence[NewEvent]) -> set[UUID]:
 _APPEND = insert(run_events).returning(run_events, sort_by_parameter_order=True)
 
 
-async def _append(conn: AsyncConnection, runs: dict[str, _Run], news: Sequence[NewEvent]) -> list[Event]:
-    if not news:
-        return []
-    rows = []
-    for event in news:
-        run = runs[event.run_id]
-        run.take(event)
-        rows.append(
-            {
-                "run_id": run.run_id,
-                "context_id": run.context_id,
-                "event_type": event.event_type,
-                "status": run.now.status,
-                "data": event.data,
-                "occurred_at": event.occurred_at,
-                "dedupe_key": event.dedupe_key,
-            }
-        )
-    written = await conn.execute(_APPEND, rows)
-    events = [Event.of(row) for row in written]
-    await _move_runs(conn, [run for run in runs.values() if run.changed])
-    return events
+async def _append(conn: AsyncConnection, rows: Sequence[dict[str, Any]]) -> list[Event]:
+    return [Event.of(row) for row in await conn.execute(_APPEND, rows)] if rows else []
 
 
 _MOVE_RUN = (
@@ -262,7 +317,6 @@ async def _move_runs(conn: AsyncConnection, runs: Sequence[_Run]) -> None:
             for run in runs
         ],
     )
-    await _move_executions(conn, {run.execution_id for run in runs if run.execution_id is not None})
 
 
 async def _move_executions(conn: AsyncConnection, execution_ids: Collection[UUID]) -> None:
@@ -311,6 +365,8 @@ async def _hold(conn: AsyncConnection, early: Sequence[NewEvent]) -> None:
 
 async def _claim(conn: AsyncConnection, run_ids: Collection[str]) -> list[NewEvent]:
     """Takes the held events of runs that are known now, in the order in which they came."""
+    if not run_ids:
+        return []
     rows = await conn.execute(
         delete(held_callbacks)
         .where(held_callbacks.c.run_id == any_(literal(list(run_ids), ARRAY(String))))
@@ -322,6 +378,7 @@ async def _claim(conn: AsyncConnection, run_ids: Collection[str]) -> list[NewEve
             row.event_type,
             row.data,
             RunStatus(row.status) if row.status else None,
+            outcome=row.data,
             occurred_at=row.occurred_at or row.created_at,
             execution_id=row.execution_id,
             dedupe_key=row.dedupe_key,

@@ -1,4 +1,4 @@
-"""Where the events of this process queue up to be written together."""
+"""Where the news of this process queue up to be written together."""
 
 import asyncio
 import contextlib
@@ -12,23 +12,22 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import HTTPConnection
 
 from switchboard.errors import Unavailable, postgres_is_away
-from switchboard.events import NewEvent
 from switchboard.live.announcer import Announcer
-from switchboard.runs.ingest import Outcome, Recorded, record
+from switchboard.runs.ingest import NewRuns, News, Outcome, write
 
 MAX_WAITING = 2_000
-"""Events that may wait; beyond it a caller is told to come back."""
+"""News that may wait; beyond it a caller is told to come back."""
 
 MAX_BATCH = 200
-"""Events in one transaction."""
+"""News in one transaction."""
 
-_Waiting = tuple[NewEvent, asyncio.Future[Outcome]]
+_Waiting = tuple[News, asyncio.Future[Outcome]]
 
 
 class Intake:
-    """Writes events in the order in which they come, as many at once as came during the last write.
+    """Writes news in the order in which they come, as many at once as came during the last write.
 
-    Nobody waits for company: with one caller, each event is a transaction of its own. Writers take turns in the
+    Nobody waits for company: with one caller, each is a transaction of its own. Writers take turns in the
     database anyway, so more than one at a time in a process would only wait for each other.
     """
 
@@ -38,22 +37,23 @@ class Intake:
         self._waiting: deque[_Waiting] = deque()
         self._writing: asyncio.Task[None] | None = None
 
-    async def take(self, event: NewEvent) -> Outcome:
-        """Writes an event and returns what became of it, once that is committed.
+    async def take(self, news: News) -> Outcome:
+        """Writes news and returns what became of them, once that is committed.
 
         Raises Unavailable when too many wait already, and whatever goes wrong in the database.
         """
-        if len(self._waiting) >= MAX_WAITING:
+        # Runs that were started are never sent away: their call is placed.
+        if len(self._waiting) >= MAX_WAITING and not isinstance(news, NewRuns):
             raise Unavailable("Too many callbacks at once")
         written: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._waiting.append((event, written))
+        self._waiting.append((news, written))
         if self._writing is None:
             self._writing = asyncio.create_task(self._write_all())
         return await written
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:
-        """Takes events until the block ends, then finishes what waits."""
+        """Takes news until the block ends, then finishes what waits."""
         try:
             yield self
         finally:
@@ -70,7 +70,7 @@ class Intake:
     async def _write(self, batch: Sequence[_Waiting]) -> None:
         try:
             async with self._db.begin() as conn:
-                outcomes = await record(conn, [event for event, _ in batch])
+                result = await write(conn, [news for news, _ in batch])
         except (SQLAlchemyError, OSError) as error:
             if len(batch) > 1 and not postgres_is_away(error):
                 # Whoever is to blame fails alone.
@@ -81,11 +81,11 @@ class Intake:
                 if not written.done():
                     written.set_exception(error)
             return
-        for (_, written), outcome in zip(batch, outcomes, strict=True):
-            # A caller that hung up is not there to be answered; its event is written all the same.
+        for (_, written), outcome in zip(batch, result.outcomes, strict=True):
+            # A caller that hung up is not there to be answered; its news are written all the same.
             if not written.done():
                 written.set_result(outcome)
-        self._announcer.announce([outcome.event for outcome in outcomes if isinstance(outcome, Recorded)])
+        self._announcer.announce(result.events)
 
 
 def _intake(connection: HTTPConnection) -> Intake:

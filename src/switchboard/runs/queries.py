@@ -1,13 +1,30 @@
 """Reading runs."""
 
 import base64
-import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
-from sqlalchemy import ARRAY, Row, Select, String, desc, func, literal, literal_column, select, tuple_
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Integer,
+    Row,
+    Select,
+    String,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    desc,
+    func,
+    literal_column,
+    not_,
+    or_,
+    select,
+    tuple_,
+)
 from sqlalchemy.dialects.postgresql import JSON
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -18,7 +35,8 @@ MAX_LOGS = 1000
 """Logs of one run in its metadata: the newest. The rest is in its timeline."""
 
 _LOGS_IN_A_LIST = 20_000
-"""Logs in one list, all runs together."""
+_LOG_BYTES = 16_000_000
+"""Logs in one answer, all its runs together, and their size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +47,11 @@ class Cursor:
     id: int
 
     def encode(self) -> str:
-        return base64.urlsafe_b64encode(f"{self.created_at.isoformat()} {self.id}".encode()).decode().rstrip("=")
+        return (
+            base64.urlsafe_b64encode(f"{self.created_at.astimezone(UTC).isoformat()} {self.id}".encode())
+            .decode()
+            .rstrip("=")
+        )
 
     @classmethod
     def decode(cls, text: str) -> Self:
@@ -37,9 +59,11 @@ class Cursor:
         try:
             moment, number = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode().split(" ")
             cursor = cls(datetime.fromisoformat(moment), int(number))
-        except (ValueError, binascii.Error) as error:
-            raise BadRequest("cursor: not one that this list gave") from error
-        if cursor.created_at.tzinfo is None or not 0 <= cursor.id < 2**63:
+            # Only UTC is written; other zones reach beyond the calendar at its ends.
+            genuine = cursor.created_at.utcoffset() == timedelta(0) and 0 <= cursor.id < 2**63
+        except ValueError:
+            genuine = False
+        if not genuine:
             raise BadRequest("cursor: not one that this list gave")
         return cursor
 
@@ -100,6 +124,37 @@ async def list_runs(conn: AsyncConnection, wanted: Filter, *, limit: int, cursor
     return runs
 
 
+_wanted = func.unnest(bindparam("run_ids", type_=ARRAY(String))).table_valued("run_id").render_derived("wanted")
+_newest = (
+    select(
+        run_events.c.id,
+        func.coalesce(run_events.c.data, literal_column("'null'::json")).label("data"),
+        func.row_number().over(order_by=desc(run_events.c.id)).label("number"),
+        func.sum(func.coalesce(func.octet_length(cast(run_events.c.data, Text)), 4))
+        .over(order_by=desc(run_events.c.id))
+        .label("bytes"),
+    )
+    .where(run_events.c.run_id == _wanted.c.run_id, run_events.c.event_type == "log")
+    .order_by(desc(run_events.c.id))
+    .limit(bindparam("one_more", type_=Integer))
+    .lateral("newest")
+)
+# The newest one is shown however large it is.
+_fits = and_(
+    _newest.c.number <= bindparam("most", type_=Integer),
+    or_(_newest.c.number == 1, _newest.c.bytes <= bindparam("budget", type_=BigInteger)),
+)
+_LOGS = (
+    select(
+        _wanted.c.run_id,
+        func.json_agg(literal_column("newest.data ORDER BY newest.id"), type_=JSON).filter(_fits).label("logs"),
+        func.bool_or(not_(_fits)).label("truncated"),
+    )
+    .select_from(_wanted.join(_newest, literal_column("true")))
+    .group_by(_wanted.c.run_id)
+)
+
+
 async def metadata_of(conn: AsyncConnection, runs: Sequence[Row[Any]]) -> dict[str, dict[str, Any]]:
     """Each run's metadata as the guide describes it: `logs` in order, `result`, `error`, and what else is stored.
 
@@ -107,35 +162,28 @@ async def metadata_of(conn: AsyncConnection, runs: Sequence[Row[Any]]) -> dict[s
     """
     if not runs:
         return {}
-    most = min(MAX_LOGS, _LOGS_IN_A_LIST // len(runs))
-    wanted = (
-        func.unnest(literal([run.run_id for run in runs], ARRAY(String)))
-        .table_valued("run_id")
-        .render_derived("wanted")
-    )
-    newest = (
-        select(run_events.c.id, func.coalesce(run_events.c.data, literal_column("'null'::json")).label("data"))
-        .where(run_events.c.run_id == wanted.c.run_id, run_events.c.event_type == "log")
-        .order_by(desc(run_events.c.id))
-        .limit(most + 1)
-        .lateral("newest")
-    )
+    most = max(1, min(MAX_LOGS, _LOGS_IN_A_LIST // len(runs)))
     rows = await conn.execute(
-        select(
-            wanted.c.run_id, func.json_agg(literal_column("newest.data ORDER BY newest.id"), type_=JSON).label("logs")
-        )
-        .select_from(wanted.join(newest, literal_column("true")))
-        .group_by(wanted.c.run_id)
+        _LOGS,
+        {
+            "run_ids": [run.run_id for run in runs],
+            "most": most,
+            "one_more": most + 1,
+            "budget": _LOG_BYTES // len(runs),
+        },
     )
-    logs = {row.run_id: row.logs for row in rows}
-    return {run.run_id: _metadata(run, logs.get(run.run_id, []), most) for run in runs}
+    logs = {row.run_id: row for row in rows}
+    return {run.run_id: _metadata(run, logs.get(run.run_id), most) for run in runs}
 
 
-def _metadata(run: Row[Any], logs: list[Any], most: int) -> dict[str, Any]:
+def _metadata(run: Row[Any], found: Any, most: int) -> dict[str, Any]:
     stored: dict[str, Any] = run.stored if isinstance(run.stored, dict) else {}
+    logs: list[Any] = found.logs if found else []
+    truncated = bool(found and found.truncated)
     # A foreign INSERT may have brought logs of its own; they are older.
     earlier = stored.get("logs")
-    logs = [*earlier, *logs] if isinstance(earlier, list) else logs
-    if len(logs) <= most:
-        return {**stored, "logs": logs}
-    return {**stored, "logs": logs[-most:], "logs_truncated": True}
+    if isinstance(earlier, list) and not truncated:
+        logs = [*earlier, *logs]
+        truncated = len(logs) > most
+        logs = logs[-most:]
+    return {**stored, "logs": logs} | ({"logs_truncated": True} if truncated else {})

@@ -1,6 +1,7 @@
 """`/api/happyrobot/*`: what a frontend asks for."""
 
 from typing import Annotated, Any, Literal
+from urllib.parse import quote, urlencode
 from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -15,9 +16,9 @@ from switchboard.database import Db
 from switchboard.errors import NotFound, described
 from switchboard.events import Event, NewEvent, Scope, Timestamp, read_events
 from switchboard.happyrobot.client import CurrentHappyRobot, platform_url
-from switchboard.live.announcer import CurrentAnnouncer
 from switchboard.runs.intake import CurrentIntake
 from switchboard.runs.queries import Cursor, Filter, find_run, list_runs, metadata_of
+from switchboard.runs.status import Standing, advance
 from switchboard.runs.trigger import TriggerIn, TriggerOut, start
 from switchboard.settings import CurrentSettings, Settings
 from switchboard.tables import FINAL, RunStatus
@@ -99,7 +100,7 @@ def _run_out(settings: Settings, run: Row[Any], metadata: dict[str, Any]) -> Run
 async def trigger(
     db: Db,
     happyrobot: CurrentHappyRobot,
-    announcer: CurrentAnnouncer,
+    intake: CurrentIntake,
     settings: CurrentSettings,
     body: JsonBody,
 ) -> TriggerOut:
@@ -107,7 +108,7 @@ async def trigger(
 
     The request is stored before HappyRobot is called, and HappyRobot is called once.
     """
-    return await start(db, happyrobot, announcer, settings, check(TriggerIn, body), body)
+    return await start(db, happyrobot, intake, settings, check(TriggerIn, body), body)
 
 
 @router.get(
@@ -130,8 +131,11 @@ async def status(
         word = await happyrobot.run_status(run_id)
         if word is not None:
             source = "happyrobot"
-            if word != run.status:
-                await intake.take(NewEvent(run_id, "status", {"status": word.lower()}, word))
+            standing = Standing(RunStatus(run.status), run.timed_out)
+            if advance(standing, word) != standing:
+                # Others may ask at the same moment; the writer sees to it that one of them is recorded.
+                news = NewEvent(run_id, "status", {"status": word.lower()}, word, only_if_it_moves=True)
+                await intake.take(news)
                 run = await _find(db, run_id)
     fields: dict[str, Any] = {
         "run_id": run.run_id,
@@ -221,6 +225,7 @@ async def _find(db: AsyncEngine, run_id: str) -> Row[Any]:
 
 
 def _link_next(request: Request, response: Response, **place: str | int) -> None:
-    # Relative, so that it is right behind any proxy.
-    url = request.url.include_query_params(**place)
-    response.headers["Link"] = f'<{url.path}?{url.query}>; rel="next"'
+    # Relative, so that it is right behind any proxy. As it came, so that an id with a slash in it stays one.
+    path = quote(request.scope["raw_path"], safe="/%")
+    query = urlencode({**request.query_params, **place})
+    response.headers["Link"] = f'<{path}?{query}>; rel="next"'
