@@ -5,7 +5,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import func, select, text, update
+from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard.runs.ingest import NewRuns, write
@@ -23,6 +23,7 @@ from tests.conftest import (
 
 HEADERS = {"X-API-KEY": HOOK_KEY}
 URL = "/api/webhooks/happyrobot"
+HUGE = b'{"run_id": "run_1", "event_type": "log", "data": ' + b"9" * 250 + b"e99}"
 
 
 async def test_logs_are_kept_in_order(service: Service, run_id: str):
@@ -224,6 +225,50 @@ async def register_run(db: AsyncEngine, run_id: str) -> UUID:
     return execution_id
 
 
+async def test_held_callbacks_are_applied_when_somebody_else_writes_the_row(
+    service: Service, db: AsyncEngine, context_id: str
+):
+    run_id = await insert_run(db, context_id)
+    async with db.begin() as conn:
+        await conn.execute(delete(agent_runs).where(agent_runs.c.run_id == run_id))
+    assert (await service.callback(run_id, "log", 1)).status_code == 404
+    assert (await service.callback(run_id, "log", 2)).status_code == 404
+    async with db.begin() as conn:
+        await conn.execute(agent_runs.insert().values(run_id=run_id, context_id=context_id, status="RUNNING"))
+    assert (await service.callback(run_id, "log", 3)).json() == {"success": True}
+    assert (await service.run(run_id))["metadata"]["logs"] == [1, 2, 3]
+    assert await rows_of(db, held_callbacks, run_id) == 0
+
+
+async def test_a_row_that_a_foreign_session_has_locked_stops_nobody_else(
+    service: Service, db: AsyncEngine, run_id: str, context_id: str
+):
+    other = await insert_run(db, context_id)
+    async with db.begin() as conn:
+        await conn.execute(update(agent_runs).where(agent_runs.c.run_id == run_id).values(name="locked"))
+        locked, free = await asyncio.gather(
+            service.callback(run_id, "completed", {"rate": 1}), service.callback(other, "completed", {"rate": 2})
+        )
+    assert (free.status_code, locked.status_code) == (200, 503)
+    assert locked.headers["retry-after"] == "1"
+    assert (await service.run(run_id))["status"] == "RUNNING"
+    assert (await service.callback(run_id, "completed", {"rate": 1})).status_code == 200
+
+
+async def test_a_caller_that_hangs_up_in_the_middle_leaves_no_trace(
+    service: Service, run_id: str, caplog: pytest.LogCaptureFixture
+):
+    host, _, port = service.url.removeprefix("http://").partition(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {HOOK_KEY}\r\nContent-Length: 100\r\n\r\n"
+    writer.write(head.encode() + b'{"run_id": ')
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+    assert (await service.callback(run_id, "log", 1)).status_code == 200
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 async def test_held_callbacks_that_nobody_claims_are_dropped_after_a_day(service: Service, db: AsyncEngine):
     run_id = f"nobody_{uuid4().hex}"
     held = held_callbacks.c.run_id == run_id
@@ -247,6 +292,10 @@ async def test_held_callbacks_that_nobody_claims_are_dropped_after_a_day(service
         (b"null", "The body must be a JSON object"),
         (b'{"run_id": "run_1", "event_type": "log", "data": NaN}', "The body is not valid JSON"),
         (b'{"run_id": "run_1", "event_type": "log", "data": 1e999}', "The body contains a number that is too large"),
+        (
+            b'{"run_id": "x", "event_type": "log", "data": ' + b"9" * 250 + b"e99}",
+            "The body contains a number that is too large",
+        ),
         (b'{"run_id": "run_1", "event_type": "log", "data": "\\ud800"}', "The body is not valid JSON"),
         (b'{"run_id": "run_1", "event_type": "log", "data": ["\\u0000"]}', "The body contains a NUL character"),
         (b'{"run_id": "run_1", "event_type": "log", "data": {"\\u0000": 1}}', "The body contains a NUL character"),
@@ -259,7 +308,7 @@ async def test_held_callbacks_that_nobody_claims_are_dropped_after_a_day(service
         (b'{"run_id": "run_1", "event_type": ["log"]}', "event_type: Input should be a valid string"),
         (b'{"run_id": "' + b"x" * 256 + b'", "event_type": "log"}', None),
         (b'{"run_id": "run_1", "event_type": "' + b"x" * 256 + b'"}', None),
-        (b'{"run_id": "run_1", "event_type": "log", "timestamp": {}}', None),
+        (b'{"run_id": "run_1", "event_type": "log", "timestamp": {}}', "timestamp: must be a string or a number"),
         (b'{"specversion": "1.0", "id": "a", "type": "t"}', "data required"),
         (b'{"specversion": "1.0", "id": "a", "type": "t", "data": {}}', "data.run_id required"),
         (b'{"specversion": "1.0", "type": "t", "data": {"run_id": "run_1"}}', "id required"),

@@ -33,6 +33,11 @@ def guide(**fields: Any) -> dict[str, Any]:
         ("2026-01-02", datetime(2026, 1, 2, tzinfo=UTC)),
         (1767323045, datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)),
         (1767323045678, datetime(2026, 1, 2, 3, 4, 5, 678000, UTC)),
+        ("0001-01-01T00:00:00Z", None),  # what "not set" looks like elsewhere
+        (-62135596800, None),
+        ("0001-01-01T00:00:00+14:00", None),
+        ("9999-12-31T23:59:59.999999Z", None),
+        ("9999-12-31T23:59:59-14:00", None),
         ("yesterday", None),
         ("", None),
         (1e300, None),
@@ -49,6 +54,21 @@ def test_a_timestamp_makes_copies_known():
     copies = {read(guide(timestamp="2026-01-01T00:00:00Z")).dedupe_key for _ in range(2)}
     assert len(copies) == 1
     assert None not in copies
+
+
+@pytest.mark.parametrize("timestamp", ["", " ", "0001-01-01T00:00:00Z", 0.5e300, -62135596800])
+def test_a_timestamp_that_was_not_set_does_not(timestamp: Any):
+    assert read(guide(timestamp=timestamp)).dedupe_key is None
+
+
+def test_a_timestamp_in_the_authors_own_words_does():
+    assert read(guide(timestamp="5 January, half past nine")).dedupe_key is not None
+
+
+@pytest.mark.parametrize("timestamp", [{}, [], True])
+def test_a_timestamp_of_another_type_is_refused_in_plain_words(timestamp: Any):
+    with pytest.raises(BadRequest, match=r"^timestamp: must be a string or a number$"):
+        read(guide(timestamp=timestamp))
 
 
 def test_every_part_of_an_identity_counts():

@@ -1,9 +1,14 @@
 """Reading: the list, one run, its status, its timeline."""
 
+import asyncio
+import base64
 from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 
+import httpx
 import pytest
+import respx
 from sqlalchemy import text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -13,6 +18,10 @@ from tests.conftest import Servers, Service, Upstream, insert_run, rows_of, runn
 
 RUNS = "/api/happyrobot/runs"
 STATUS = "/api/happyrobot/status"
+
+
+def cursor(text: str) -> str:
+    return base64.urlsafe_b64encode(text.encode()).decode()
 
 
 async def test_the_list_is_what_the_guides_hook_reads(service: Service, db: AsyncEngine, context_id: str):
@@ -186,6 +195,32 @@ async def test_the_timeline_is_read_from_any_event_on(service: Service, run_id: 
     assert "link" not in (await service.http.get(url, params={"limit": 5})).headers
 
 
+@pytest.mark.parametrize("name", ["€", "a b", "a>b", "a\r\nb", 'q?x=1&y#"', "%2F"])
+async def test_links_lead_on_whatever_the_run_is_called(service: Service, db: AsyncEngine, context_id: str, name: str):
+    run_id = f"{name}{uuid4().hex}"
+    async with db.begin() as conn:
+        await conn.execute(agent_runs.insert().values(run_id=run_id, context_id=context_id))
+    for number in range(3):
+        await service.callback(run_id, "log", number)
+    answer = await service.http.get(f"{RUNS}/{quote(run_id, safe='')}/events?limit=2")
+    link = answer.headers["link"]
+    rest = await service.http.get(link[1 : link.index(">")])
+    assert [event["data"] for event in answer.json() + rest.json()] == [0, 1, 2]
+    assert {event["run_id"] for event in rest.json()} == {run_id}
+
+
+async def test_very_large_logs_are_cut_by_their_size(
+    service: Service, db: AsyncEngine, run_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(queries, "_LOG_BYTES", 250)
+    for number in range(4):
+        await service.callback(run_id, "log", str(number) * 100)
+    assert (await service.run(run_id))["metadata"] == {"logs": ["2" * 100, "3" * 100], "logs_truncated": True}
+    await service.callback(run_id, "log", "x" * 1000)
+    # The newest is shown, however large.
+    assert (await service.run(run_id))["metadata"] == {"logs": ["x" * 1000], "logs_truncated": True}
+
+
 async def test_the_timeline_of_a_silent_run_is_empty(service: Service, run_id: str):
     assert (await service.http.get(f"{RUNS}/{run_id}/events")).json() == []
 
@@ -214,6 +249,8 @@ async def test_an_unknown_run_is_not_found(service: Service, path: str):
         (f"{RUNS}?cursor=%FF", "cursor: not one that this list gave"),
         (f"{RUNS}?cursor=MjAyMC0wMS0wMSA1", "cursor: not one that this list gave"),  # a time without a zone
         (f"{RUNS}?cursor=MjAyMC0wMS0wMVQwMDowMDowMCswMDowMCAtMQ", "cursor: not one that this list gave"),
+        (f"{RUNS}?cursor={cursor('0001-01-01T00:00:00+14:00 5')}", "cursor: not one that this list gave"),
+        (f"{RUNS}?cursor={cursor('9999-12-31T23:59:59-14:00 5')}", "cursor: not one that this list gave"),
         (f"{RUNS}/{'x' * 256}", None),
         (f"{RUNS}/a%00b", None),
         (f"{RUNS}/a/events?after=-1", None),
@@ -261,17 +298,45 @@ async def test_status_asks_happyrobot_and_records_what_it_says(
     assert len(upstream.simulator.requests) == asked, "a run that is over is not asked about"
 
 
-async def test_a_poll_that_changes_nothing_leaves_no_event(
-    service: Service, upstream: Upstream, db: AsyncEngine, context_id: str
+@pytest.mark.parametrize("word", ["scheduled", "running", "queued"])
+async def test_a_poll_that_moves_nothing_leaves_no_event(
+    database_url: str, servers: Servers, db: AsyncEngine, run_id: str, word: str
 ):
-    body = {"context_id": context_id, "simulate": {"faults": "delay=60"}}
-    [run_id] = (await service.http.post("/api/happyrobot/trigger", json=body)).json()["run_ids"]
-    events = await rows_of(db, run_events, run_id)
-    answers = [(await service.http.get(STATUS, params={"run_id": run_id})).json() for _ in range(3)]
-    # HappyRobot says `scheduled`; a run that was RUNNING does not go back.
-    assert {answer["status"] for answer in answers} == {"running"}
-    assert {answer["source"] for answer in answers} == {"happyrobot"}
-    assert await rows_of(db, run_events, run_id) == events
+    router = respx.MockRouter()
+    router.get(f"/api/v1/runs/{run_id}").respond(json={"run": {"id": run_id, "status": word}})
+    settings = settings_for(database_url, servers.redis_url, None)
+    async with running_service(settings, httpx.MockTransport(router.async_handler)) as service:
+        answers = [(await service.http.get(STATUS, params={"run_id": run_id})).json() for _ in range(3)]
+    # A run that is RUNNING does not go back.
+    assert {(answer["status"], answer["source"]) for answer in answers} == {("running", "happyrobot")}
+    assert await rows_of(db, run_events, run_id) == 0
+
+
+async def test_polls_at_the_same_moment_are_one_event(
+    database_url: str, servers: Servers, db: AsyncEngine, run_id: str
+):
+    router = respx.MockRouter()
+    router.get(f"/api/v1/runs/{run_id}").respond(json={"id": run_id, "status": "failed"})
+    settings = settings_for(database_url, servers.redis_url, None)
+    async with running_service(settings, httpx.MockTransport(router.async_handler)) as service:
+        answers = await asyncio.gather(*(service.http.get(STATUS, params={"run_id": run_id}) for _ in range(10)))
+        assert {answer.json()["status"] for answer in answers} == {"failed"}
+        [event] = (await service.http.get(f"{RUNS}/{run_id}/events")).json()
+    assert (event["event_type"], event["status"], event["data"]) == ("status", "FAILED", {"status": "failed"})
+
+
+@pytest.mark.parametrize(("word", "kept"), [("completed", "result"), ("failed", "error")])
+async def test_a_poll_that_comes_first_does_not_take_the_place_of_the_result(
+    database_url: str, servers: Servers, run_id: str, word: str, kept: str
+):
+    router = respx.MockRouter()
+    router.get(f"/api/v1/runs/{run_id}").respond(json={"status": word})
+    settings = settings_for(database_url, servers.redis_url, None)
+    async with running_service(settings, httpx.MockTransport(router.async_handler)) as service:
+        await service.http.get(STATUS, params={"run_id": run_id})
+        assert (await service.run(run_id))["metadata"] == {"logs": []}
+        await service.callback(run_id, word, {"rate": 1})
+        assert (await service.run(run_id))["metadata"] == {"logs": [], kept: {"rate": 1}}
 
 
 async def test_the_database_answers_where_happyrobot_does_not(service: Service, run_id: str):

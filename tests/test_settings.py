@@ -65,7 +65,18 @@ def test_a_wrong_setting_is_named_and_its_value_kept_quiet():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"port": 70000}, {"port": -1}, {"stale_after": 0}, {"retention_days": 0}, {"environment": "staging"}]
+    "wrong",
+    [
+        {"port": 70000},
+        {"port": -1},
+        {"stale_after": 0},
+        {"retention_days": 0},
+        {"environment": "staging"},
+        {"happyrobot_x_api_key": "schlüssel"},
+        {"happyrobot_api_key": "a b"},
+        {"database_url": "mysql://host/db"},
+        {"redis_url": "host:6379"},
+    ],
 )
 def test_nonsense_is_refused(wrong: dict[str, Any]):
     with pytest.raises(ValidationError):

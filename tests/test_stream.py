@@ -24,6 +24,7 @@ from tests.conftest import (
     Service,
     Upstream,
     insert_run,
+    new_database,
     running_service,
     settings_for,
 )
@@ -250,6 +251,56 @@ async def test_without_redis_streams_keep_up_from_postgresql(
             assert (await one.callback(run_id, "log", number)).status_code == 200
         assert [event["data"] for event in await take(near, 3)] == [0, 1, 2]
         assert [event["data"] for event in await take(far, 3)] == [0, 1, 2]
+
+
+async def test_nonsense_on_the_channel_stops_nobody(
+    service: Service, servers: Servers, db: AsyncEngine, run_id: str, context_id: str
+):
+    redis = Redis.from_url(servers.redis_url)
+    channel = await Channel(db).name()
+    async with service.stream(context_id=context_id) as stream:
+        for nonsense in (b"hello", b"", b"1 2\n{}", b"\xff", b'5 5\n{"id": "x"}'):
+            assert await redis.publish(channel, nonsense) >= 1
+        await service.callback(run_id, "log", 1)
+        assert [event["data"] for event in await take(stream, 1)] == [1]
+    await redis.aclose()
+
+
+async def test_two_databases_on_one_redis_keep_to_themselves(
+    service: Service, servers: Servers, template: str, upstream: Upstream, db: AsyncEngine, context_id: str
+):
+    async with new_database(servers, template) as url:
+        settings = settings_for(url, servers.redis_url, upstream.url)
+        engine = database.connect(url)
+        async with running_service(settings) as other, service.stream(context_id=context_id) as stream:
+            theirs = await insert_run(engine, context_id)
+            for number in range(3):
+                await other.callback(theirs, "log", f"of the other {number}")
+            ours = await insert_run(db, context_id)
+            await service.callback(ours, "log", "ours")
+            assert [event["data"] for event in await take(stream, 1)] == ["ours"]
+        await engine.dispose()
+
+
+async def test_a_failure_nobody_foresaw_does_not_end_the_following(
+    service: Service, run_id: str, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    genuine = hubs.unpack
+    failures = 1
+
+    def fail_once(message: bytes) -> Any:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise ZeroDivisionError
+        return genuine(message)
+
+    async with service.stream(context_id=context_id) as stream:
+        monkeypatch.setattr(hubs, "unpack", fail_once)
+        await service.callback(run_id, "log", 1)
+        await service.callback(run_id, "log", 2)
+        assert [event["data"] for event in await take(stream, 2)] == [1, 2]
+    assert failures < 0
 
 
 async def test_a_subscription_that_went_deaf_is_replaced(

@@ -10,6 +10,10 @@ import respx
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from switchboard.errors import PostgresAway
+from switchboard.runs import trigger as triggers
+from switchboard.runs.ingest import NewRuns
+from switchboard.runs.intake import Intake
 from switchboard.tables import agent_runs, executions, run_events
 from tests.conftest import HOOK_KEY, Servers, Service, Upstream, running_service, settings_for
 
@@ -144,6 +148,7 @@ async def test_a_run_appears_in_its_timeline_as_triggered(service: Service, cont
         (b'{"context_id": "a", "name": "' + b"x" * 256 + b'"}', "name: String should have at most 255 characters"),
         (b'{"context_id": "a", "description": {}}', "description: Input should be a valid string"),
         (b'{"context_id": "a", "workflow_id": 1}', "workflow_id: Input should be a valid string"),
+        (b'{"context_id": "a", "x": ' + b"9" * 250 + b"e99}", "The body contains a number that is too large"),
     ],
 )
 async def test_bad_input_is_refused_and_nothing_is_dialled(
@@ -268,6 +273,56 @@ async def test_an_endless_answer_is_not_read_to_its_end(database_url: str, serve
     assert (response.status_code, response.json()["status"]) == (502, "submission_unknown")
 
 
+async def test_a_call_that_was_placed_is_never_answered_try_again(
+    database_url: str, servers: Servers, db: AsyncEngine, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    """PostgreSQL goes away between HappyRobot's answer and our writing it down."""
+    monkeypatch.setattr(triggers, "_PAUSES", (0.0, 0.0))
+    genuine = Intake.take
+    failures = 3
+
+    async def take(self: Intake, news: Any) -> Any:
+        nonlocal failures
+        if failures and isinstance(news, NewRuns):
+            failures -= 1
+            raise PostgresAway("gone")
+        return await genuine(self, news)
+
+    monkeypatch.setattr(Intake, "take", take)
+    router = respx.MockRouter()
+    hook = router.post("/hooks/test").respond(json={"queued_run_ids": [f"run_{context_id}"]})
+    async with answering(router, database_url, servers) as service:
+        lost = await service.http.post(URL, json={"context_id": context_id})
+        assert lost.status_code == 502
+        assert lost.json() == {
+            "error": "Failed to trigger workflow",
+            "execution_id": lost.json()["execution_id"],
+            "status": "submission_unknown",
+            "detail": "HappyRobot started it, but its runs could not be recorded",
+            "run_ids": [f"run_{context_id}"],
+        }
+        failures = 2
+        saved = await service.http.post(URL, json={"context_id": context_id})
+        assert saved.status_code == 200
+    assert hook.call_count == 2
+
+
+async def test_a_failure_is_told_even_if_it_cannot_be_written_down(
+    database_url: str, servers: Servers, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    async def fail(*_: object) -> None:
+        raise PostgresAway("gone")
+
+    monkeypatch.setattr(triggers, "_note_failure", fail)
+    async with running_service(settings_for(database_url, servers.redis_url, None)) as service:
+        answer = await service.http.post(URL, json={"context_id": context_id})
+    assert (answer.status_code, answer.json()["status"]) == (502, "failed")
+
+
+async def test_an_empty_workflow_is_the_default_one(service: Service, context_id: str):
+    assert (await service.http.post(URL, json={"context_id": context_id, "workflow_id": ""})).status_code == 200
+
+
 async def test_a_run_that_is_known_already_stays_as_it_is(
     database_url: str, servers: Servers, db: AsyncEngine, run_id: str, context_id: str
 ):
@@ -276,7 +331,11 @@ async def test_a_run_that_is_known_already_stays_as_it_is(
     async with answering(router, database_url, servers) as service:
         response = await service.http.post(URL, json={"context_id": "another"})
         assert response.json()["run_ids"] == [run_id]
-        assert (await service.run(run_id))["contextId"] == context_id
+        run = await service.run(run_id)
+        assert (run["contextId"], run["executionId"]) == (context_id, response.json()["execution_id"])
+        assert (await execution(db, run["executionId"])).status == "running"
+        await service.callback(run_id, "completed")
+        assert (await execution(db, run["executionId"])).status == "completed"
     async with db.connect() as conn:
         count = select(func.count()).select_from(run_events).where(run_events.c.run_id == run_id)
-        assert await conn.scalar(count) == 0
+        assert await conn.scalar(count) == 1  # the callback, and no `triggered`

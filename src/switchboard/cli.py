@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_LeaveWithStdin = Annotated[bool, typer.Option(hidden=True)]
+_Hidden = Annotated[bool, typer.Option(hidden=True)]
 
 
 def main() -> None:
@@ -67,21 +67,23 @@ def serve(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that serve.")] = 1,
     migrate: Annotated[bool, typer.Option(help="Bring the database to the newest schema first.")] = True,
-    leave_with_stdin: _LeaveWithStdin = False,
+    for_demo: _Hidden = False,
+    leave_with_stdin: _Hidden = False,
 ) -> None:
     """Run the service. In development, what the environment does not name is started beside it."""
     if leave_with_stdin:
         local.leave_with_stdin()
     settings = Settings()
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(local.listening(host, settings.port if port is None else port))
+        wanted = settings.port if port is None else port
+        listener = stack.enter_context(local.listening(host, wanted, or_any=for_demo))
         port = listener.getsockname()[1]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         stack.enter_context(local.environment(PORT=str(port)))
-        if settings.app_url is None:
+        if settings.app_url is None or for_demo:
             # Where the simulator finds us. HappyRobot itself could not.
             stack.enter_context(local.environment(APP_URL=_on_this_machine(address)))
-            if settings.happyrobot_webhook_url is not None:
+            if settings.happyrobot_webhook_url is not None and not for_demo:
                 typer.echo("APP_URL is not set: HappyRobot cannot send its callbacks to this machine", err=True)
         stack.enter_context(local.servers(settings))
         simulator = stack.enter_context(local.upstream(settings))
@@ -130,7 +132,7 @@ def simulate(
     port: Annotated[int, typer.Option(help="Port to listen on, 0 for any free one.")] = 8090,
     pace: Annotated[float, typer.Option(min=0, help="Seconds between callbacks.")] = 0.4,
     faults: Annotated[str, typer.Option(help="What goes wrong, such as `duplicate,delay=2,answer=500`.")] = "",
-    leave_with_stdin: _LeaveWithStdin = False,
+    leave_with_stdin: _Hidden = False,
 ) -> None:
     """Play HappyRobot: a hook that starts calls, their callbacks, and the Platform API."""
     if leave_with_stdin:

@@ -41,15 +41,13 @@ def run(*, once: bool, port: int, pace: float) -> None:
         with _step(console, "PostgreSQL and Redis"):
             stack.enter_context(local.servers(settings))
         with _step(console, "HappyRobot"):
-            simulator = stack.enter_context(local.upstream(settings, port=local.free_port(8090), pace=pace))
+            simulator = stack.enter_context(local.upstream(settings, pace=pace))
         with _step(console, "Service"):
-            free = local.free_port(port)
-            stack.enter_context(local.environment(APP_URL=f"http://{local.LOOPBACK}:{free}"))
-            address = stack.enter_context(local.child("serve", "--port", str(free)))
+            address = stack.enter_context(local.child("serve", "--port", str(port), "--for-demo"))
             client = stack.enter_context(httpx.Client(base_url=address, timeout=httpx.Timeout(10, read=_PATIENCE)))
             _wait_until_it_answers(client)
-        if free != port:
-            console.print(f"  [yellow]Port {port} is taken; the service listens on {free}.[/yellow]")
+        if not address.endswith(f":{port}"):
+            console.print(f"  [yellow]Port {port} is taken; the service listens on {address}.[/yellow]")
         console.print(f"  calls go to the simulator on {simulator}\n")
         try:
             _watch_a_call(console, client)

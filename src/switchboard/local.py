@@ -28,28 +28,25 @@ class ChildFailed(Exception):
 
 
 @contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens; port 0 takes a free one. Raises PortTaken."""
+def listening(host: str, port: int, *, or_any: bool = False) -> Iterator[socket.socket]:
+    """A socket that listens; port 0 takes a free one.
+
+    Raises PortTaken, or takes a free one if `or_any`.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
         except OSError as error:
-            raise PortTaken(f"cannot listen on {host} port {port}: {error.strerror}") from error
+            if not or_any:
+                raise PortTaken(f"cannot listen on {host} port {port}: {error.strerror}") from error
+            listener.bind((host, 0))
         # From here on nobody is refused: who comes before the server is ready waits in the backlog.
         listener.listen(_BACKLOG)
         # Inherited by the processes of `serve --workers`.
         listener.set_inheritable(True)
         yield listener
-
-
-def free_port(preferred: int) -> int:
-    """The preferred port if nobody listens there, any free one otherwise."""
-    for port in (preferred, 0):
-        with contextlib.suppress(PortTaken), listening(LOOPBACK, port) as listener:
-            return int(listener.getsockname()[1])
-    raise PortTaken("there is no free port")
 
 
 @contextlib.contextmanager
@@ -84,14 +81,14 @@ def servers(settings: Settings) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def upstream(settings: Settings, *, port: int = 0, pace: float = 0.4) -> Iterator[str | None]:
+def upstream(settings: Settings, *, pace: float = 0.4) -> Iterator[str | None]:
     """Starts the simulator if the settings name no hook, and names it in the environment; yields its address."""
     if settings.happyrobot_webhook_url is not None:
         yield None
         return
     names = ("HAPPYROBOT_X_API_KEY", "HAPPYROBOT_CALLBACK_KEY", "HAPPYROBOT_API_KEY")
     keys = {name: secrets.token_hex(16) for name in names}
-    with environment(**keys), child("simulate", "--port", str(port), "--pace", str(pace)) as address:
+    with environment(**keys), child("simulate", "--port", "0", "--pace", str(pace)) as address:
         hook, api = f"{address}/hooks/demo", f"{address}/api/v1"
         with environment(HAPPYROBOT_WEBHOOK_URL=hook, HAPPYROBOT_API_URL=api):
             yield address
