@@ -8,7 +8,8 @@ import pytest
 from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from switchboard.runs.ingest import NewRuns, write
+from switchboard.runs.ingest import write
+from switchboard.runs.sorting import NewRuns
 from switchboard.tables import agent_runs, executions, held_callbacks, run_events
 from tests.conftest import (
     HOOK_KEY,

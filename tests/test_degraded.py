@@ -15,8 +15,8 @@ from switchboard.errors import PostgresAway, Unavailable
 from switchboard.events import NewEvent
 from switchboard.live.announcer import Announcer
 from switchboard.runs import intake
-from switchboard.runs.ingest import Duplicate, Held, Recorded
 from switchboard.runs.intake import Intake
+from switchboard.runs.sorting import Duplicate, Held, Recorded
 from switchboard.tables import run_events
 from tests.conftest import Servers, Service, rows_of, running_service, settings_for, with_database
 

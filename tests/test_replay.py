@@ -16,9 +16,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from switchboard import database
 from switchboard.events import Event, NewEvent, Scope
 from switchboard.live import stream
-from switchboard.live.announcer import pack
 from switchboard.live.channel import Channel
 from switchboard.live.hub import Hub
+from switchboard.live.messages import pack
 from switchboard.runs.ingest import write
 from tests.conftest import Servers, insert_run, new_database
 

@@ -15,9 +15,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from switchboard import database
 from switchboard.events import Event, NewEvent, Scope, read_events
 from switchboard.live import hub as hubs
+from switchboard.live import messages
 from switchboard.live import stream as streams
 from switchboard.live.channel import Channel
-from switchboard.live.hub import Follower, Frame, Hub
+from switchboard.live.hub import Follower, Hub
+from switchboard.live.messages import Frame
 from switchboard.runs.ingest import write
 from tests.conftest import (
     Servers,
@@ -285,7 +287,7 @@ async def test_two_databases_on_one_redis_keep_to_themselves(
 async def test_a_failure_nobody_foresaw_does_not_end_the_following(
     service: Service, run_id: str, context_id: str, monkeypatch: pytest.MonkeyPatch
 ):
-    genuine = hubs.unpack
+    genuine = messages.unpack
     failures = 1
 
     def fail_once(message: bytes) -> Any:

@@ -12,8 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard.errors import PostgresAway
 from switchboard.runs import trigger as triggers
-from switchboard.runs.ingest import NewRuns
 from switchboard.runs.intake import Intake
+from switchboard.runs.sorting import NewRuns
 from switchboard.tables import agent_runs, executions, run_events
 from tests.conftest import HOOK_KEY, Servers, Service, Upstream, running_service, settings_for
 

@@ -9,8 +9,8 @@ from pydantic import BaseModel, Field
 from switchboard import bodies
 from switchboard.errors import NotFound, Unauthorized, described
 from switchboard.happyrobot.payloads import CallbackIn, read_callback
-from switchboard.runs.ingest import Duplicate, Held
 from switchboard.runs.intake import CurrentIntake
+from switchboard.runs.sorting import Duplicate, Held
 from switchboard.settings import CurrentSettings
 
 router = APIRouter(tags=["callbacks"])

@@ -13,6 +13,7 @@ from starlette.requests import HTTPConnection
 
 from switchboard.events import Event
 from switchboard.live.channel import Channel
+from switchboard.live.messages import pack
 
 log = logging.getLogger(__name__)
 
@@ -21,11 +22,6 @@ _MAX_WAITING = 10_000
 
 _MAX_MESSAGE = 500
 """Events in one message."""
-
-
-def pack(events: Sequence[Event]) -> bytes:
-    """Events as a message: the first and last id, then a line of JSON each."""
-    return b"%d %d\n" % (events[0].id, events[-1].id) + b"\n".join(event.encode() for event in events)
 
 
 class Announcer:

@@ -5,7 +5,6 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Annotated, Self
 
 from fastapi import Depends
@@ -17,8 +16,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import HTTPConnection
 
-from switchboard.events import Event, Scope, read_events
+from switchboard.events import Scope, read_events
 from switchboard.live.channel import Channel
+from switchboard.live.messages import Frame, unpack
 from switchboard.tables import run_events
 
 log = logging.getLogger(__name__)
@@ -38,30 +38,6 @@ _RECONNECT_AFTER = 0.5
 MAX_UNREAD = 1000
 MAX_UNREAD_BYTES = 8_000_000
 """Events, and their size, that a reader may lag behind before it is sent away. It resumes from PostgreSQL."""
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """An event, encoded once for all who read it."""
-
-    event: Event
-    line: bytes
-
-    @classmethod
-    def of(cls, event: Event) -> Self:
-        return cls(event, event.encode())
-
-    @property
-    def sse(self) -> bytes:
-        """The event as a server-sent event without a name, so that `onmessage` sees it."""
-        return b"id: %d\ndata: %b\n\n" % (self.event.id, self.line)
-
-
-def unpack(message: bytes) -> tuple[tuple[int, int], list[Frame]]:
-    """Reads what the announcer packed. Raises ValueError for anything else."""
-    head, *lines = message.split(b"\n")
-    first, last = map(int, head.split())
-    return (first, last), [Frame(Event.model_validate_json(line), line) for line in lines]
 
 
 class Follower:

@@ -23,7 +23,8 @@ from switchboard.bodies import Id
 from switchboard.database import Db
 from switchboard.errors import BadRequest, NotFound, described
 from switchboard.events import Scope, read_events
-from switchboard.live.hub import CurrentHub, Follower, Frame, Hub
+from switchboard.live.hub import CurrentHub, Follower, Hub
+from switchboard.live.messages import Frame
 from switchboard.tables import FINAL, RunStatus, agent_runs
 
 log = logging.getLogger(__name__)

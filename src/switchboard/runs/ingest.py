@@ -1,7 +1,6 @@
 """The one writer: everything that happens to a run is written here, in the order in which readers see it."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
@@ -31,7 +30,8 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.events import Event, NewEvent
-from switchboard.runs.status import Standing, advance, execution_status, timed_out
+from switchboard.runs.sorting import NewRuns, News, Outcome, Recorded, Registered, Run, Sorting, Written
+from switchboard.runs.status import Standing, execution_status
 from switchboard.tables import ExecutionStatus, RunStatus, agent_runs, executions, held_callbacks, run_events
 
 # Ids are handed out before commit, so a reader that resumes after N could miss an event that committed later under
@@ -48,104 +48,6 @@ _TURN = text(
 _HELD_FOR = text("interval '1 day'")
 
 
-@dataclass(frozen=True, slots=True)
-class NewRuns:
-    """Runs that HappyRobot named in its answer to a trigger."""
-
-    execution_id: UUID
-    workflow_id: str
-    context_id: str
-    name: str
-    description: str | None
-    run_ids: Sequence[str]
-
-
-News = NewEvent | NewRuns
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """It is in the timeline."""
-
-    event: Event
-
-
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """The runs have rows, and what was held for them is in their timelines."""
-
-
-@dataclass(frozen=True, slots=True)
-class Duplicate:
-    """A copy of it was there already; nothing was changed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unchanged:
-    """It was wanted only if it moved its run, and it did not."""
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Its run is not known yet; it is kept until the run is."""
-
-
-Outcome = Recorded | Registered | Duplicate | Unchanged | Held
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What came of a turn."""
-
-    outcomes: Sequence[Outcome]
-    """One for each of the news, in their order."""
-    events: Sequence[Event]
-    """All that is new in the timelines, by id; to be announced after the commit."""
-
-
-@dataclass(slots=True)
-class _Run:
-    """A run as the database has it, and as this turn leaves it."""
-
-    run_id: str
-    context_id: str
-    execution_id: UUID | None
-    before: Standing
-    now: Standing
-    known: set[str]
-    """Which of `result` and `error` its metadata holds."""
-    has_held: bool
-    gained: dict[str, Any] = field(default_factory=dict)
-    lost: set[str] = field(default_factory=set)
-
-    @property
-    def changed(self) -> bool:
-        return self.now != self.before or bool(self.gained)
-
-    def take(self, event: NewEvent) -> bool:
-        """Moves the run as the event says, and keeps a result or an error that comes with its end.
-
-        Returns whether the run moved.
-        """
-        was = self.now
-        self.now = timed_out(was) if event.guess else advance(was, event.status)
-        if was.timed_out and not self.now.timed_out:
-            self.known.discard("error")
-            self.lost.add("error")
-        if event.status is self.now.status and self.now.timed_out is event.guess:
-            # Also after the end: a poll may have learnt of it before the callback brought the result.
-            self._keep(_KEPT_AS.get(event.status), event.outcome)
-        return self.now != was
-
-    def _keep(self, name: str | None, outcome: Any) -> None:
-        if name is not None and outcome is not None and name not in self.known:
-            self.known.add(name)
-            self.gained[name] = outcome
-
-
-_KEPT_AS = {RunStatus.COMPLETED: "result", RunStatus.FAILED: "error"}
-
-
 async def write(conn: AsyncConnection, news: Sequence[News]) -> Written:
     """Appends events, moves runs and writes the rows of new ones, in the caller's transaction.
 
@@ -158,7 +60,7 @@ async def write(conn: AsyncConnection, news: Sequence[News]) -> Written:
     beginnings = [event for start in starts for event in await _insert_runs(conn, start)]
     runs = await _load_runs(conn, {event.run_id for event in (*beginnings, *events)})
     claimed = await _claim(conn, [run.run_id for run in runs.values() if run.has_held])
-    sorting = _Sorting(runs, await _seen(conn, [*claimed, *events]))
+    sorting = Sorting(runs, await _seen(conn, [*claimed, *events]))
     for event in (*beginnings, *claimed):
         sorting.sort(event)
     verdicts = iter([sorting.sort(event) for event in events])
@@ -175,42 +77,6 @@ async def write(conn: AsyncConnection, news: Sequence[News]) -> Written:
         verdict = Registered() if isinstance(item, NewRuns) else next(verdicts)
         outcomes.append(Recorded(written[verdict]) if isinstance(verdict, int) else verdict)
     return Written(outcomes, written)
-
-
-@dataclass(slots=True)
-class _Sorting:
-    """Which events are written, held or dropped; moves the runs on the way."""
-
-    runs: dict[str, _Run]
-    seen: set[UUID]
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    early: list[NewEvent] = field(default_factory=list)
-
-    def sort(self, event: NewEvent) -> Outcome | int:
-        """What becomes of an event: the place of its row, or the reason why it has none."""
-        run = self.runs.get(event.run_id)
-        if run is None:
-            self.early.append(event)
-            return Held()
-        if event.dedupe_key in self.seen:
-            return Duplicate()
-        moved = run.take(event)
-        if event.only_if_it_moves and not moved:
-            return Unchanged()
-        if event.dedupe_key is not None:
-            self.seen.add(event.dedupe_key)
-        self.rows.append(
-            {
-                "run_id": run.run_id,
-                "context_id": run.context_id,
-                "event_type": event.event_type,
-                "status": run.now.status,
-                "data": event.data,
-                "occurred_at": event.occurred_at,
-                "dedupe_key": event.dedupe_key,
-            }
-        )
-        return len(self.rows) - 1
 
 
 async def _insert_runs(conn: AsyncConnection, start: NewRuns) -> list[NewEvent]:
@@ -260,12 +126,12 @@ _LOAD_RUNS = select(
 ).where(agent_runs.c.run_id == any_(bindparam("run_ids", type_=ARRAY(String))))
 
 
-async def _load_runs(conn: AsyncConnection, run_ids: Collection[str]) -> dict[str, _Run]:
+async def _load_runs(conn: AsyncConnection, run_ids: Collection[str]) -> dict[str, Run]:
     runs = {}
     for row in await conn.execute(_LOAD_RUNS, {"run_ids": list(run_ids)}):
         standing = Standing(RunStatus(row.status), row.timed_out)
         known = {name for name, there in (("result", row.has_result), ("error", row.has_error)) if there}
-        runs[row.run_id] = _Run(row.run_id, row.context_id, row.execution_id, standing, standing, known, row.has_held)
+        runs[row.run_id] = Run(row.run_id, row.context_id, row.execution_id, standing, standing, known, row.has_held)
     return runs
 
 
@@ -300,7 +166,7 @@ _MOVE_RUN = (
 )
 
 
-async def _move_runs(conn: AsyncConnection, runs: Sequence[_Run]) -> None:
+async def _move_runs(conn: AsyncConnection, runs: Sequence[Run]) -> None:
     if not runs:
         return
     await conn.execute(

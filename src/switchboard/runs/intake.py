@@ -13,7 +13,8 @@ from starlette.requests import HTTPConnection
 
 from switchboard.errors import Unavailable, postgres_is_away
 from switchboard.live.announcer import Announcer
-from switchboard.runs.ingest import NewRuns, News, Outcome, write
+from switchboard.runs.ingest import write
+from switchboard.runs.sorting import NewRuns, News, Outcome
 
 MAX_WAITING = 2_000
 """News that may wait; beyond it a caller is told to come back."""

@@ -14,8 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from switchboard.bodies import Id, ShortText, Text
 from switchboard.errors import NotFound, TriggerFailed
 from switchboard.happyrobot.client import HappyRobot, HappyRobotError, Hook, Unknown
-from switchboard.runs.ingest import NewRuns
 from switchboard.runs.intake import Intake
+from switchboard.runs.sorting import NewRuns
 from switchboard.settings import Settings
 from switchboard.tables import ExecutionStatus, executions
 

@@ -1,0 +1,144 @@
+"""What becomes of news about runs: decided here, without looking at anything, and written by `ingest`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from switchboard.events import Event, NewEvent
+from switchboard.runs.status import Standing, advance, timed_out
+from switchboard.tables import RunStatus
+
+
+@dataclass(frozen=True, slots=True)
+class NewRuns:
+    """Runs that HappyRobot named in its answer to a trigger."""
+
+    execution_id: UUID
+    workflow_id: str
+    context_id: str
+    name: str
+    description: str | None
+    run_ids: Sequence[str]
+
+
+News = NewEvent | NewRuns
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """It is in the timeline."""
+
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """The runs have rows, and what was held for them is in their timelines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """A copy of it was there already; nothing was changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """It was wanted only if it moved its run, and it did not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Its run is not known yet; it is kept until the run is."""
+
+
+Outcome = Recorded | Registered | Duplicate | Unchanged | Held
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What came of a turn."""
+
+    outcomes: Sequence[Outcome]
+    """One for each of the news, in their order."""
+    events: Sequence[Event]
+    """All that is new in the timelines, by id; to be announced after the commit."""
+
+
+@dataclass(slots=True)
+class Run:
+    """A run as the database has it, and as this turn leaves it."""
+
+    run_id: str
+    context_id: str
+    execution_id: UUID | None
+    before: Standing
+    now: Standing
+    known: set[str]
+    """Which of `result` and `error` its metadata holds."""
+    has_held: bool
+    gained: dict[str, Any] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
+
+    @property
+    def changed(self) -> bool:
+        return self.now != self.before or bool(self.gained)
+
+    def take(self, event: NewEvent) -> bool:
+        """Moves the run as the event says, and keeps a result or an error that comes with its end.
+
+        Returns whether the run moved.
+        """
+        was = self.now
+        self.now = timed_out(was) if event.guess else advance(was, event.status)
+        if was.timed_out and not self.now.timed_out:
+            self.known.discard("error")
+            self.lost.add("error")
+        if event.status is self.now.status and self.now.timed_out is event.guess:
+            # Also after the end: a poll may have learnt of it before the callback brought the result.
+            self._keep(_KEPT_AS.get(event.status), event.outcome)
+        return self.now != was
+
+    def _keep(self, name: str | None, outcome: Any) -> None:
+        if name is not None and outcome is not None and name not in self.known:
+            self.known.add(name)
+            self.gained[name] = outcome
+
+
+_KEPT_AS = {RunStatus.COMPLETED: "result", RunStatus.FAILED: "error"}
+
+
+@dataclass(slots=True)
+class Sorting:
+    """Which events are written, held or dropped; moves the runs on the way."""
+
+    runs: dict[str, Run]
+    seen: set[UUID]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    early: list[NewEvent] = field(default_factory=list)
+
+    def sort(self, event: NewEvent) -> Outcome | int:
+        """What becomes of an event: the place of its row, or the reason why it has none."""
+        run = self.runs.get(event.run_id)
+        if run is None:
+            self.early.append(event)
+            return Held()
+        if event.dedupe_key in self.seen:
+            return Duplicate()
+        moved = run.take(event)
+        if event.only_if_it_moves and not moved:
+            return Unchanged()
+        if event.dedupe_key is not None:
+            self.seen.add(event.dedupe_key)
+        self.rows.append(
+            {
+                "run_id": run.run_id,
+                "context_id": run.context_id,
+                "event_type": event.event_type,
+                "status": run.now.status,
+                "data": event.data,
+                "occurred_at": event.occurred_at,
+                "dedupe_key": event.dedupe_key,
+            }
+        )
+        return len(self.rows) - 1
