@@ -18,7 +18,17 @@ from switchboard.runs import intake
 from switchboard.runs.intake import Intake
 from switchboard.runs.sorting import Duplicate, Held, Recorded
 from switchboard.tables import run_events
-from tests.conftest import Servers, Service, rows_of, running_service, settings_for, with_database
+from tests.conftest import (
+    Servers,
+    Service,
+    insert_run,
+    new_database,
+    rows_of,
+    run_sql,
+    running_service,
+    settings_for,
+    with_database,
+)
 
 
 @pytest.fixture(params=["no such folder", "no such database", "nobody listens"])
@@ -164,3 +174,27 @@ async def test_what_waits_is_written_before_the_service_leaves(db: AsyncEngine, 
         waiting = [asyncio.create_task(queue.take(log(run_id, number))) for number in range(3)]
         await asyncio.sleep(0)
     assert all(isinstance(task.result(), Recorded) for task in waiting)
+
+
+async def test_what_fails_at_the_commit_is_neither_confirmed_nor_announced(
+    servers: Servers, template: str, context_id: str
+):
+    """A constraint that PostgreSQL checks at the very end."""
+    async with new_database(servers, template) as url:
+        await run_sql(
+            url,
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE EXCEPTION 'refused at the commit'; END $$",
+            "CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON run_events DEFERRABLE INITIALLY DEFERRED "
+            "FOR EACH ROW WHEN (NEW.event_type = 'refused') EXECUTE FUNCTION refuse()",
+        )
+        engine = database.connect(url)
+        run_id = await insert_run(engine, context_id)
+        async with running_service(settings_for(url, servers.redis_url, None)) as service:
+            async with service.stream(context_id=context_id) as stream:
+                assert (await service.callback(run_id, "refused")).status_code == 500
+                assert (await service.callback(run_id, "log", "kept")).status_code == 200
+                async with asyncio.timeout(10):
+                    assert (await anext(stream))["data"] == "kept"
+        assert await rows_of(engine, run_events, run_id) == 1
+        await engine.dispose()
