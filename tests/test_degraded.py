@@ -190,11 +190,13 @@ async def test_what_fails_at_the_commit_is_neither_confirmed_nor_announced(
         )
         engine = database.connect(url)
         run_id = await insert_run(engine, context_id)
-        async with running_service(settings_for(url, servers.redis_url, None)) as service:
-            async with service.stream(context_id=context_id) as stream:
-                assert (await service.callback(run_id, "refused")).status_code == 500
-                assert (await service.callback(run_id, "log", "kept")).status_code == 200
-                async with asyncio.timeout(10):
-                    assert (await anext(stream))["data"] == "kept"
+        async with (
+            running_service(settings_for(url, servers.redis_url, None)) as service,
+            service.stream(context_id=context_id) as stream,
+        ):
+            assert (await service.callback(run_id, "refused")).status_code == 500
+            assert (await service.callback(run_id, "log", "kept")).status_code == 200
+            async with asyncio.timeout(10):
+                assert (await anext(stream))["data"] == "kept"
         assert await rows_of(engine, run_events, run_id) == 1
         await engine.dispose()
