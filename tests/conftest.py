@@ -169,7 +169,9 @@ async def serving(build: Callable[[int], Any]) -> AsyncIterator[tuple[str, uvico
     """Serves the ASGI application that is built for a free port, in this event loop."""
     with local.listening(local.LOOPBACK, 0) as listener:
         port = listener.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(build(port), log_level="warning", timeout_graceful_shutdown=5))
+        # Kept alive longer than any test lasts, as `serve` does: no connection is closed under a request.
+        config = uvicorn.Config(build(port), log_level="warning", timeout_keep_alive=600, timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
         # Without the signal handlers of `serve`, which are the process's.
         task = asyncio.create_task(server._serve([listener]))
         try:

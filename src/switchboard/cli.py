@@ -101,6 +101,9 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
+            # Longer than proxies and clients keep an idle connection: whoever closes first, it is not us under a
+            # request that is on its way.
+            timeout_keep_alive=75,
             timeout_graceful_shutdown=10,
         )
         if workers > 1:
