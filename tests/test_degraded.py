@@ -148,6 +148,20 @@ async def test_an_absent_postgresql_fails_all_at_once():
     assert {type(outcome) for outcome in outcomes} == {PostgresAway}
 
 
+async def test_an_error_that_nobody_foresaw_reaches_every_caller(
+    db: AsyncEngine, run_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    async def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(intake, "write", fail)
+    queue = Intake(db, Silent())
+    outcomes = await asyncio.gather(*(queue.take(log(run_id)) for _ in range(3)), return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {ZeroDivisionError}
+    monkeypatch.undo()
+    assert isinstance(await queue.take(log(run_id)), Recorded)
+
+
 async def test_beyond_the_bound_callers_are_told_to_come_back(
     db: AsyncEngine, run_id: str, monkeypatch: pytest.MonkeyPatch
 ):

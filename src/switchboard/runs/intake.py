@@ -72,8 +72,8 @@ class Intake:
         try:
             async with self._db.begin() as conn:
                 result = await write(conn, [news for news, _ in batch])
-        except (SQLAlchemyError, OSError) as error:
-            if len(batch) > 1 and not postgres_is_away(error):
+        except Exception as error:  # noqa: BLE001  # every caller waits for an answer, whatever went wrong
+            if len(batch) > 1 and isinstance(error, SQLAlchemyError) and not postgres_is_away(error):
                 # Whoever is to blame fails alone.
                 for one in batch:
                     await self._write([one])
