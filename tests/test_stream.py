@@ -329,6 +329,28 @@ async def test_a_subscription_that_went_deaf_is_replaced(
         await redis.aclose()
 
 
+async def test_messages_that_pile_up_are_dropped_and_read_from_postgresql(
+    db: AsyncEngine, servers: Servers, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hubs, "_MAX_UNHEARD", 2)
+    run_id = await insert_run(db, context_id)
+    redis = Redis.from_url(NO_REDIS)
+    hub = Hub(db, redis, Channel(db))
+    async with hub.running(), hub.following(Scope(context_id)) as follower:
+        for number in range(5):
+            async with db.begin() as conn:
+                written = await write(conn, [NewEvent(run_id, "log", number)])
+            for _ in range(100):
+                hub.hear(messages.pack(written.events))
+        assert hub._inbox.qsize() <= 2
+        seen: list[Any] = []
+        async with asyncio.timeout(20):
+            while len(seen) < 5:
+                seen += [frame.event.data for frame in await follower.read()]
+        assert seen == list(range(5))
+    await redis.aclose()
+
+
 async def test_streams_say_goodbye_when_the_service_stops(
     database_url: str, servers: Servers, upstream: Upstream, context_id: str
 ):

@@ -29,6 +29,9 @@ _LOOK_EVERY = 2.0
 _PAGE = 1000
 """Events read at once when catching up."""
 
+_MAX_UNHEARD = 1000
+"""Messages that may wait to be handed out."""
+
 _QUIET = 5.0
 """Seconds without a message after which Redis is asked whether it is there."""
 
@@ -116,11 +119,13 @@ class Hub:
 
     def hear(self, message: bytes) -> None:
         """Takes a message of the announcer's, in whatever order they come."""
-        self._inbox.put_nowait(message)
+        # What does not fit while PostgreSQL keeps us waiting leaves a gap, and gaps are noticed.
+        if self._inbox.qsize() < _MAX_UNHEARD:
+            self._inbox.put_nowait(message)
 
     def look(self) -> None:
         """Makes the hub look into PostgreSQL now."""
-        self._inbox.put_nowait(b"")
+        self.hear(b"")
 
     @contextlib.asynccontextmanager
     async def following(self, scope: Scope) -> AsyncIterator[Follower]:
