@@ -51,11 +51,12 @@ class Reader:
         await asyncio.gather(self.task, return_exceptions=True)
 
     async def _read(self, db: AsyncEngine, hub: Hub) -> None:
-        async for chunk in stream._stream(db, hub, self.scope, self.resume):
-            for line in chunk.decode().splitlines():
-                if line.startswith("id: "):
-                    self.seen.append(int(line[4:]))
-                    self.resume = self.seen[-1]
+        async with hub.following(self.scope) as follower:
+            async for chunk in stream.follow(db, hub, follower, self.resume):
+                for line in chunk.decode().splitlines():
+                    if line.startswith("id: "):
+                        self.seen.append(int(line[4:]))
+                        self.resume = self.seen[-1]
 
 
 class World:

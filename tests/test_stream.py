@@ -67,6 +67,29 @@ async def test_the_response_is_one_that_proxies_leave_alone(service: Service, co
         assert 1_000 <= int(first.split()[-1]) <= 4_000
 
 
+async def test_who_has_seen_the_headers_misses_nothing(
+    database_url: str, servers: Servers, run_id: str, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    """The hub takes its time to join; the browser's next request does not wait for it."""
+    genuine = Hub.newest
+    joined = 0
+
+    async def slow(hub: Hub) -> int:
+        nonlocal joined
+        await asyncio.sleep(0.2)
+        joined += 1
+        return await genuine(hub)
+
+    monkeypatch.setattr(Hub, "newest", slow)
+    async with (
+        running_service(settings_for(database_url, servers.redis_url, None)) as service,
+        service.stream(context_id=context_id) as stream,
+    ):
+        assert joined == 1
+        await service.callback(run_id, "log", "at once")
+        assert [event["data"] for event in await take(stream, 1)] == ["at once"]
+
+
 async def test_a_trigger_shows_in_the_stream_of_its_context(service: Service, upstream: Upstream, context_id: str):
     async with service.stream(context_id=context_id) as stream:
         body = {"context_id": context_id}
@@ -385,7 +408,8 @@ async def test_a_stream_ends_when_postgresql_is_away(database_url: str, servers:
     away = database.connect("postgresql://nobody@/nothing?host=/no/such/folder")
     redis = Redis.from_url(servers.redis_url)
     hub = Hub(db, redis, Channel(db))
-    chunks = [chunk async for chunk in streams._stream(away, hub, Scope(), 0)]
+    async with hub.following(Scope()) as follower:
+        chunks = [chunk async for chunk in streams.follow(away, hub, follower, 0)]
     assert len(chunks) == 1  # the greeting
     await redis.aclose()
 

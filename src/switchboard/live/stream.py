@@ -104,16 +104,7 @@ async def follow_events(
     if run_id is not None and await _status(db, run_id) in FINAL and seen_end:
         # The one answer that stops an EventSource from reconnecting.
         return Response(status_code=204)
-    return _Response(
-        _stream(db, hub, Scope(context_id, run_id), after),
-        shutdown_event=cast("anyio.Event", _Goodbye(hub)),
-        shutdown_grace_period=_GRACE,
-        ping=HEARTBEAT,
-        ping_message_factory=lambda: ServerSentEvent(comment="still here", sep="\n"),
-        send_timeout=_SEND_TIMEOUT,
-        sep="\n",
-        headers={"Cache-Control": "no-cache, no-transform"},
-    )
+    return EventStream(db, hub, Scope(context_id, run_id), after)
 
 
 def _resumed_at(text: str | None) -> tuple[int | None, bool]:
@@ -134,14 +125,6 @@ async def _status(db: AsyncEngine, run_id: str) -> RunStatus:
     return RunStatus(status)
 
 
-class _Response(EventSourceResponse):
-    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            log.info("a browser that did not read was sent away")
-
-
 class _Goodbye:
     """What the response sets when the server is told to stop."""
 
@@ -152,35 +135,64 @@ class _Goodbye:
         self._hub.close()
 
 
-async def _stream(db: AsyncEngine, hub: Hub, scope: Scope, after: int | None) -> AsyncIterator[bytes]:
+class EventStream(EventSourceResponse):
+    """The response. It joins the hub before its headers are sent: whoever has seen them misses nothing."""
+
+    def __init__(self, db: AsyncEngine, hub: Hub, wanted: Scope, after: int | None) -> None:
+        self._db = db
+        self._hub = hub
+        self._wanted = wanted
+        self._after = after
+        super().__init__(
+            iter(()),  # until the hub is joined
+            shutdown_event=cast("anyio.Event", _Goodbye(hub)),
+            shutdown_grace_period=_GRACE,
+            ping=HEARTBEAT,
+            ping_message_factory=lambda: ServerSentEvent(comment="still here", sep="\n"),
+            send_timeout=_SEND_TIMEOUT,
+            sep="\n",
+            headers={"Cache-Control": "no-cache, no-transform"},
+        )
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        try:
+            async with self._hub.following(self._wanted) as follower:
+                self.body_iterator = follow(self._db, self._hub, follower, self._after)
+                await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            log.info("a browser that did not read was sent away")
+
+
+async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | None) -> AsyncIterator[bytes]:
+    """What a reader is sent: a replay of what came after `after`, if it is given, then what the follower gets."""
     yield b": connected\nretry: %d\n\n" % random.randint(*_RETRY)  # noqa: S311  # spreads load, guards nothing
+    run_id, sent = follower.scope.run_id, follower.joined_after
     try:
-        async with hub.following(scope) as follower:
-            sent = follower.joined_after
-            # Asked after joining: if the run ends from here on, its last event comes through the follower.
-            status = await _status(db, scope.run_id) if scope.run_id is not None else None
-            over = status in FINAL
-            if after is not None:
-                sent = after = await _within_this_life(hub, follower, after)
-                # The hub may lag behind a run that is over, and nobody will follow it.
-                async for page in _replay(db, scope, after, None if over else follower.joined_after):
-                    sent = page[-1].event.id
-                    yield b"".join(frame.sse for frame in page)
-            while not over and (unread := await follower.read()):
-                page = [frame for frame in unread if frame.event.id > sent]
-                if page:
-                    sent = page[-1].event.id
-                    status = page[-1].event.status
-                    over = scope.run_id is not None and status in FINAL
-                    yield b"".join(frame.sse for frame in page)
-            if over:
-                end = to_json({"run_id": scope.run_id, "status": status})
-                yield b"id: %d.end\nevent: end\ndata: %b\n\n" % (sent, end)
-            elif not follower.lagging:
-                yield b": goodbye, resume elsewhere\n\n"
+        # Asked after joining: if the run ends from here on, its last event comes through the follower.
+        status = await _status(db, run_id) if run_id is not None else None
+        over = status in FINAL
+        if after is not None:
+            sent = after = await _within_this_life(hub, follower, after)
+            # The hub may lag behind a run that is over, and nobody will follow it.
+            async for page in _replay(db, follower.scope, after, None if over else follower.joined_after):
+                sent = page[-1].event.id
+                yield b"".join(frame.sse for frame in page)
+        while not over and (unread := await follower.read()):
+            page = [frame for frame in unread if frame.event.id > sent]
+            if page:
+                sent = page[-1].event.id
+                status = page[-1].event.status
+                over = run_id is not None and status in FINAL
+                yield b"".join(frame.sse for frame in page)
     except (SQLAlchemyError, OSError) as error:
         # The browser reconnects and resumes; by then PostgreSQL may be back.
         log.warning("a stream ended, PostgreSQL is away: %s", type(error).__name__)
+        return
+    if over:
+        end = to_json({"run_id": run_id, "status": status})
+        yield b"id: %d.end\nevent: end\ndata: %b\n\n" % (sent, end)
+    elif not follower.lagging:
+        yield b": goodbye, resume elsewhere\n\n"
 
 
 async def _within_this_life(hub: Hub, follower: Follower, after: int) -> int:
