@@ -25,7 +25,6 @@ from switchboard.app import create_app
 from switchboard.embedded.folder import KEEPER_LOCK, poll
 from switchboard.embedded.lease import _kept
 from switchboard.happyrobot.simulator import Simulator
-from switchboard.live.announcer import Announcer
 from switchboard.live.hub import Hub
 from switchboard.migrate import migrate
 from switchboard.settings import Settings
@@ -210,7 +209,6 @@ class Service:
     url: str
     http: httpx.AsyncClient
     hub: Hub
-    announcer: Announcer
 
     async def callback(self, run_id: str, event_type: str, data: Any = None, **more: Any) -> httpx.Response:
         """Sends a callback as HappyRobot does; without a timestamp, so that no two are copies."""
@@ -257,7 +255,7 @@ async def running_service(
     async with serving(build) as (url, server):
         state = server.lifespan.state
         async with httpx.AsyncClient(base_url=url, timeout=20, limits=httpx.Limits(max_connections=200)) as http:
-            yield Service(url, http, state["hub"], state["announcer"])
+            yield Service(url, http, state["hub"])
         # What a signal makes sse-starlette do.
         state["hub"].close()
 

@@ -30,7 +30,6 @@ class State(TypedDict):
     db: AsyncEngine
     happyrobot: HappyRobot
     hub: Hub
-    announcer: Announcer
     intake: Intake
 
 
@@ -65,7 +64,7 @@ def create_app(settings: Settings | None = None, *, upstream: httpx.AsyncBaseTra
             hub = await stack.enter_async_context(Hub(db, subscriber, channel).running())
             announcer = await stack.enter_async_context(Announcer(publisher, channel, hub.look).running())
             intake = await stack.enter_async_context(Intake(db, announcer).running())
-            yield State(settings=settings, db=db, happyrobot=happyrobot, hub=hub, announcer=announcer, intake=intake)
+            yield State(settings=settings, db=db, happyrobot=happyrobot, hub=hub, intake=intake)
 
     app = FastAPI(
         title="Switchboard",

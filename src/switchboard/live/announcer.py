@@ -5,11 +5,9 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Annotated, Self
+from typing import Self
 
-from fastapi import Depends
 from redis.asyncio import Redis
-from starlette.requests import HTTPConnection
 
 from switchboard.events import Event
 from switchboard.live.channel import Channel
@@ -76,11 +74,3 @@ class Announcer:
             self._on_failure()
         else:
             self._healthy = True
-
-
-def _announcer(connection: HTTPConnection) -> Announcer:
-    announcer: Announcer = connection.state.announcer
-    return announcer
-
-
-CurrentAnnouncer = Annotated[Announcer, Depends(_announcer)]
