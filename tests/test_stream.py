@@ -374,6 +374,20 @@ async def test_messages_that_pile_up_are_dropped_and_read_from_postgresql(
     await redis.aclose()
 
 
+async def test_a_look_that_outlives_the_last_reader_hands_out_nothing(db: AsyncEngine, monkeypatch: pytest.MonkeyPatch):
+    hub = Hub(db, Redis.from_url(NO_REDIS), Channel(db))
+    genuine = AsyncEngine.connect
+
+    def leave_meanwhile(engine: AsyncEngine) -> Any:
+        hub._cursor = None
+        return genuine(engine)
+
+    monkeypatch.setattr(AsyncEngine, "connect", leave_meanwhile)
+    hub._cursor = 0
+    await hub._catch_up()
+    assert hub._cursor is None
+
+
 async def test_streams_say_goodbye_when_the_service_stops(
     database_url: str, servers: Servers, upstream: Upstream, context_id: str
 ):

@@ -215,11 +215,11 @@ class Hub:
         return True
 
     async def _catch_up(self) -> None:
-        while self._cursor is not None:
+        while (cursor := self._cursor) is not None:
             async with self._db.connect() as conn:
-                events = await read_events(conn, Scope(), after=self._cursor, limit=_PAGE)
-            if self._cursor is None:
-                return  # the last reader has left meanwhile
+                events = await read_events(conn, Scope(), after=cursor, limit=_PAGE)
+            if self._cursor != cursor:
+                continue  # the last reader has left meanwhile, and perhaps another come, who begins elsewhere
             for event in events:
                 self._push(Frame.of(event))
             if len(events) < _PAGE:
