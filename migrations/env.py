@@ -6,6 +6,7 @@ from alembic import context
 from sqlalchemy import Connection, text
 
 from switchboard.database import connect
+from switchboard.jobs import PREFIX
 from switchboard.settings import Settings
 from switchboard.tables import metadata
 
@@ -13,8 +14,13 @@ from switchboard.tables import metadata
 _ONE_AT_A_TIME = text("SELECT pg_advisory_xact_lock(4848107521966110287)")
 
 
+def ours(name: str | None, kind: str, _: object) -> bool:
+    """Whether a table is for us to compare, and not PgQueuer's."""
+    return kind != "table" or not (name or "").startswith(PREFIX)
+
+
 def run(connection: Connection) -> None:
-    context.configure(connection=connection, target_metadata=metadata)
+    context.configure(connection=connection, target_metadata=metadata, include_name=ours)
     with context.begin_transaction():
         connection.execute(_ONE_AT_A_TIME)
         context.run_migrations()

@@ -28,9 +28,11 @@ from switchboard.happyrobot.simulator import Simulator
 from switchboard.live.hub import Hub
 from switchboard.migrate import migrate
 from switchboard.settings import Settings
+from switchboard.wiring import State
 
 HOOK_KEY = "hook-key-of-the-tests"
 API_KEY = "api-key-of-the-tests"
+APP_SECRET = "app-secret-of-the-tests-which-is-long-enough"
 
 
 _FOLDER = "SWITCHBOARD_TESTS_FOLDER"
@@ -198,6 +200,8 @@ def settings_for(database_url: str, redis_url: str, upstream_url: str | None, **
         "happyrobot_x_api_key": HOOK_KEY,
         "happyrobot_api_url": f"{upstream_url or 'http://127.0.0.1:1'}/api/v1",
         "happyrobot_api_key": API_KEY,
+        "happyrobot_api_pace": 1000,
+        "app_secret": APP_SECRET,
     }
     return Settings(**(values | more))
 
@@ -208,7 +212,11 @@ class Service:
 
     url: str
     http: httpx.AsyncClient
-    hub: Hub
+    state: State
+
+    @property
+    def hub(self) -> Hub:
+        return self.state["hub"]
 
     async def callback(self, run_id: str, event_type: str, data: Any = None, **more: Any) -> httpx.Response:
         """Sends a callback as HappyRobot does; without a timestamp, so that no two are copies."""
@@ -245,17 +253,17 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def running_service(
-    settings: Settings, upstream: httpx.AsyncBaseTransport | None = None
+    settings: Settings, upstream: httpx.AsyncBaseTransport | None = None, *, worker: bool = False
 ) -> AsyncIterator[Service]:
     """A service with these settings; callbacks come to its own address."""
 
     def build(port: int) -> Any:
-        return create_app(settings.model_copy(update={"port": port}), upstream=upstream)
+        return create_app(settings.model_copy(update={"port": port}), upstream=upstream, worker=worker)
 
     async with serving(build) as (url, server):
         state = server.lifespan.state
         async with httpx.AsyncClient(base_url=url, timeout=20, limits=httpx.Limits(max_connections=200)) as http:
-            yield Service(url, http, state["hub"])
+            yield Service(url, http, state)
         # What a signal makes sse-starlette do.
         state["hub"].close()
 

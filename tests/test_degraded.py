@@ -78,13 +78,13 @@ async def test_an_error_of_our_own_says_nothing_about_our_insides(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr("switchboard.runs.routes._run_out", fail)
+    monkeypatch.setattr("switchboard.runs.reading._run_out", fail)
     answer = await service.http.get(f"/api/happyrobot/runs/{run_id}")
     assert (answer.status_code, answer.json()) == (500, {"error": "Internal server error"})
 
 
 async def test_an_error_in_a_statement_is_ours(service: Service, run_id: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("switchboard.runs.routes.find_run", broken)
+    monkeypatch.setattr("switchboard.runs.reading.find_run", broken)
     answer = await service.http.get(f"/api/happyrobot/runs/{run_id}")
     assert (answer.status_code, answer.json()) == (500, {"error": "Internal server error"})
 
@@ -151,7 +151,7 @@ async def test_an_absent_postgresql_fails_all_at_once():
 async def test_an_error_that_nobody_foresaw_reaches_every_caller(
     db: AsyncEngine, run_id: str, monkeypatch: pytest.MonkeyPatch
 ):
-    async def fail(*_: object) -> None:
+    async def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(intake, "write", fail)

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database
+from switchboard.jobs import PREFIX
 from switchboard.migrate import config, migrate
 from switchboard.tables import agent_runs, metadata
 from tests.conftest import Servers, new_database
@@ -52,13 +53,19 @@ async def tables_in(url: str) -> set[str]:
     connection = await asyncpg.connect(database.dsn(url))
     rows = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
     await connection.close()
-    return {row["tablename"] for row in rows}
+    return {row["tablename"] for row in rows if not row["tablename"].startswith(PREFIX)}
 
 
 async def test_the_migrations_build_what_the_tables_say(db: AsyncEngine):
     def differences(connection: Connection) -> list[Any]:
         context = MigrationContext.configure(
-            connection, opts={"compare_type": True, "compare_server_default": True, "target_metadata": metadata}
+            connection,
+            opts={
+                "compare_type": True,
+                "compare_server_default": True,
+                "target_metadata": metadata,
+                "include_name": lambda name, kind, _: kind != "table" or not name.startswith(PREFIX),
+            },
         )
         return list(compare_metadata(context, metadata))
 

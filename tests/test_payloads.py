@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from switchboard import bodies
 from switchboard.errors import BadRequest
 from switchboard.events import NewEvent
-from switchboard.happyrobot.payloads import TriggerAnswer, read_callback, read_run_status
-from switchboard.tables import RunStatus
+from switchboard.happyrobot.payloads import TriggerAnswer, read_callback
 
 
 def read(body: dict[str, Any], webhook_id: str | None = None) -> NewEvent:
@@ -153,19 +152,3 @@ def test_any_json_is_a_callback_or_a_bad_request(value: Any, webhook_id: str | N
 )
 def test_the_runs_in_an_answer_to_a_trigger(answer: Any, run_ids: list[str]):
     assert TriggerAnswer.model_validate(answer).run_ids == run_ids
-
-
-@pytest.mark.parametrize(
-    ("body", "status"),
-    [
-        ({"run": {"status": "completed"}, "sessions": []}, RunStatus.COMPLETED),
-        ({"id": "x", "status": "failed", "events": []}, RunStatus.FAILED),
-        ({"status": "succeeded"}, RunStatus.COMPLETED),
-        ({"run": None, "status": "running"}, None),
-        ({}, None),
-        ([], None),
-        ("completed", None),
-    ],
-)
-def test_the_status_in_each_shape_of_a_run(body: Any, status: RunStatus | None):
-    assert read_run_status(body) is status

@@ -19,6 +19,7 @@ PRODUCTION: dict[str, Any] = {
     "happyrobot_webhook_url": "https://workflows.platform.happyrobot.ai/hooks/x",
     "happyrobot_x_api_key": "k",
     "app_url": "https://calls.example.com",
+    "app_secret": "s" * 32,
 }
 
 
@@ -107,8 +108,20 @@ def test_production_says_what_is_missing(missing: str):
 
 
 def test_production_names_everything_that_is_missing_at_once():
-    with pytest.raises(ValidationError, match="DATABASE_URL, REDIS_URL, HAPPYROBOT_WEBHOOK_URL, APP_URL, HAPPYROBOT_C"):
+    with pytest.raises(ValidationError, match="DATABASE_URL, REDIS_URL, HAPPYROBOT_WEBHOOK_URL, APP_URL, APP_SECRET"):
         Settings(environment="production")
+
+
+@pytest.mark.parametrize("name", ["app_secret", "app_secret_previous"])
+def test_a_secret_that_can_be_guessed_is_refused(name: str):
+    Settings(**{name: "s" * 32})
+    with pytest.raises(ValidationError, match="must have 32 characters or more"):
+        Settings(**{name: "s" * 31})
+
+
+def test_nobody_is_given_up_before_being_asked_about():
+    with pytest.raises(ValidationError, match="STALE_AFTER must be more than RECONCILE_AFTER"):
+        Settings(reconcile_after=60, stale_after=60)
 
 
 def test_the_application_does_not_start_without_servers():

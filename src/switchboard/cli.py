@@ -13,9 +13,12 @@ from uvicorn.supervisors import Multiprocess
 
 from switchboard import __version__, demo, local
 from switchboard import migrate as migrations
+from switchboard import worker as background
+from switchboard.commands import workflows
 from switchboard.embedded import EmbeddedUnavailable
 from switchboard.errors import PostgresAway
 from switchboard.happyrobot.simulator import Faults, Simulator
+from switchboard.sealing import SecretMissing
 from switchboard.settings import Settings
 
 app = typer.Typer(
@@ -25,14 +28,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(workflows.app, name="workflows")
+
 _Hidden = Annotated[bool, typer.Option(hidden=True)]
+
+
+_SAID_IN_A_LINE = (
+    EmbeddedUnavailable,
+    PostgresAway,
+    SecretMissing,
+    local.ChildFailed,
+    local.PortTaken,
+    local.SecretNotKept,
+    demo.DemoFailed,
+)
 
 
 def main() -> None:
     """Runs the command; what went wrong is a line, not a traceback."""
     try:
         app()
-    except (EmbeddedUnavailable, local.PortTaken, local.ChildFailed, demo.DemoFailed, PostgresAway) as error:
+    except _SAID_IN_A_LINE as error:
         sys.exit(f"switchboard: {error}")
     except ValidationError as error:
         complaints = [
@@ -67,6 +83,7 @@ def serve(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that serve.")] = 1,
     migrate: Annotated[bool, typer.Option(help="Bring the database to the newest schema first.")] = True,
+    worker: Annotated[bool, typer.Option(help="Do the background work, too.")] = True,
     for_demo: _Hidden = False,
     leave_with_stdin: _Hidden = False,
 ) -> None:
@@ -86,6 +103,7 @@ def serve(
             if settings.happyrobot_webhook_url is not None and not for_demo:
                 typer.echo("APP_URL is not set: HappyRobot cannot send its callbacks to this machine", err=True)
         stack.enter_context(local.servers(settings))
+        stack.enter_context(local.app_secret(settings))
         simulator = stack.enter_context(local.upstream(settings))
         if migrate:
             _migrate()
@@ -93,7 +111,7 @@ def serve(
             typer.echo(f"HAPPYROBOT_WEBHOOK_URL is not set: calls go to the simulator on {simulator}", err=True)
         typer.echo(f"Switchboard {__version__} listens on {address}")
         config = uvicorn.Config(
-            "switchboard.app:create_app",
+            "switchboard.app:create_app" if worker else "switchboard.app:without_worker",
             factory=True,
             workers=workers,
             loop="uvloop",
@@ -114,6 +132,19 @@ def serve(
 
 def _on_this_machine(address: str) -> str:
     return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+
+
+@app.command(name="worker")
+def work(
+    migrate: Annotated[bool, typer.Option(help="Bring the database to the newest schema first.")] = False,
+) -> None:
+    """Do the background work alone; any number of workers may run beside the service."""
+    settings = Settings()
+    with local.servers(settings), local.app_secret(settings):
+        if migrate:
+            _migrate()
+        typer.echo(f"Switchboard {__version__} works in the background")
+        asyncio.run(background.work(Settings()))
 
 
 @app.command()

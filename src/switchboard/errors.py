@@ -3,9 +3,14 @@
 SwitchboardError
 ├── BadRequest      400  the request cannot be understood
 ├── Unauthorized    401  no credentials, or wrong ones
+├── Forbidden       403  known, and not allowed
 ├── NotFound        404
+├── Conflict        409  not as things stand
+├── NotConfigured   409  not without a setting that is missing
 ├── TooLarge        413  the body is over the limit
+├── Unprocessable   422  an Idempotency-Key that stands for something else
 ├── TriggerFailed   502  HappyRobot did not confirm that it started the workflow
+├── UpstreamFailed  502  HappyRobot refused something else
 └── Unavailable     503  something that is needed is away; worth another try
 """
 
@@ -44,15 +49,35 @@ class Unauthorized(SwitchboardError):
     status_code = 401
 
 
+class Forbidden(SwitchboardError):
+    status_code = 403
+
+
 class NotFound(SwitchboardError):
     status_code = 404
+
+
+class Conflict(SwitchboardError):
+    status_code = 409
 
 
 class TooLarge(SwitchboardError):
     status_code = 413
 
 
+class Unprocessable(SwitchboardError):
+    status_code = 422
+
+
+class NotConfigured(SwitchboardError):
+    status_code = 409
+
+
 class TriggerFailed(SwitchboardError):
+    status_code = 502
+
+
+class UpstreamFailed(SwitchboardError):
     status_code = 502
 
 
@@ -71,10 +96,13 @@ class ErrorOut(BaseModel):
 _MEANINGS = {
     400: "The request cannot be understood; nothing was changed.",
     401: "Credentials are missing or wrong; nothing was changed.",
+    403: "Known, and not allowed; nothing was changed.",
     404: "There is no such thing.",
+    409: "Not as things stand; nothing was changed.",
     413: "The body is larger than 1 MB; nothing was changed.",
-    502: "HappyRobot did not confirm the start. The execution says what is known.",
-    503: "PostgreSQL is away, or there is too much to do; try again after `Retry-After` seconds.",
+    422: "The `Idempotency-Key` was used with another body; nothing was changed.",
+    502: "HappyRobot did not confirm it.",
+    503: "PostgreSQL or HappyRobot is away, or there is too much to do; try again after `Retry-After` seconds.",
 }
 
 Responses = dict[int | str, dict[str, Any]]

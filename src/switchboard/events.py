@@ -11,6 +11,7 @@ from pydantic_core import to_json
 from sqlalchemy import Row, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from switchboard.jobs import Job
 from switchboard.tables import RunStatus, run_events
 
 
@@ -39,6 +40,12 @@ class NewEvent:
     """Whether that is only what we suppose, because nobody says anything."""
     only_if_it_moves: bool = False
     """Whether it is worth an event only where it changes the run's status."""
+    only_after: int | None = None
+    """The run's newest event, if this one stands only while nothing else has happened."""
+    then: Job | None = None
+    """What is to be done once it is written."""
+    session_ended: bool = False
+    """Whether the run may well be over now, so that HappyRobot should be asked at once."""
     occurred_at: datetime | None = None
     execution_id: str | None = None
     """Our execution, where HappyRobot sends it back."""

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,10 @@ _BACKLOG = 2048
 
 class PortTaken(Exception):
     """Somebody else listens there."""
+
+
+class SecretNotKept(Exception):
+    """The data folder takes none."""
 
 
 class ChildFailed(Exception):
@@ -78,6 +83,32 @@ def servers(settings: Settings) -> Iterator[None]:
             found["REDIS_URL"] = started.redis_url
         with environment(**found):
             yield
+
+
+@contextlib.contextmanager
+def app_secret(settings: Settings) -> Iterator[None]:
+    """Names a secret in the environment, in development, where none is set: a random one, kept in the data folder."""
+    if settings.app_secret is not None or settings.environment == "production":
+        yield
+        return
+    with environment(APP_SECRET=_kept_secret(Path(settings.switchboard_data_dir))):
+        yield
+
+
+def _kept_secret(data_dir: Path) -> str:
+    kept = data_dir / "app-secret"
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        if not kept.exists():
+            # Written whole before it gets its name, and the first of several processes to name its own wins.
+            with tempfile.NamedTemporaryFile("w", dir=data_dir, prefix="app-secret-") as fresh:
+                fresh.write(secrets.token_hex(32))
+                fresh.flush()
+                with contextlib.suppress(FileExistsError):
+                    kept.hardlink_to(fresh.name)
+        return kept.read_text().strip()
+    except OSError as error:
+        raise SecretNotKept(f"cannot keep a secret in {data_dir}: {error.strerror}; set APP_SECRET") from error
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 
-from switchboard import database
+from switchboard import database, jobs
 
 _HERE = Path(__file__).resolve().parent
 
@@ -19,7 +19,10 @@ def config() -> Config:
 
 
 async def migrate(url: str) -> None:
-    """Upgrades to the newest revision in one transaction; waits while another process does the same."""
+    """Upgrades to the newest revision in one transaction, then the job queue's own tables.
+
+    Waits while another process does the same.
+    """
     engine = database.connect(url, statement_timeout=None)
     alembic = config()
 
@@ -30,5 +33,8 @@ async def migrate(url: str) -> None:
     try:
         async with engine.begin() as connection:
             await connection.run_sync(upgrade)
+        # A newer PgQueuer may expect more of its tables than the one that made them.
+        async with engine.connect() as connection:
+            await jobs.upgrade((await connection.get_raw_connection()).driver_connection)
     finally:
         await engine.dispose()

@@ -14,6 +14,8 @@ _SCHEMES = {
     "redis_url": ("redis://", "rediss://", "unix://"),
 }
 
+_SHORTEST_SECRET = 32
+
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -79,7 +81,9 @@ class Settings(BaseSettings):
         (), description="Origins of frontends on other hosts, separated by commas."
     )
     app_secret: SecretStr | None = Field(
-        None, description="Signs browser tokens and encrypts stored secrets; 32 characters or more."
+        None,
+        description="Encrypts stored secrets, signs browser tokens; 32 characters or more. In development a random one "
+        "is kept in the data folder.",
     )
     app_secret_previous: SecretStr | None = Field(
         None, description="An older `APP_SECRET` that still opens what it sealed."
@@ -127,9 +131,22 @@ class Settings(BaseSettings):
             raise ValueError("must be printable ASCII without spaces")
         return value
 
+    @field_validator("app_secret", "app_secret_previous")
+    @classmethod
+    def _require_length(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < _SHORTEST_SECRET:
+            raise ValueError(f"must have {_SHORTEST_SECRET} characters or more")
+        return value
+
+    @model_validator(mode="after")
+    def _require_sense(self) -> Self:
+        if self.stale_after <= self.reconcile_after:
+            raise ValueError("STALE_AFTER must be more than RECONCILE_AFTER")
+        return self
+
     @model_validator(mode="after")
     def _require_real_parts_in_production(self) -> Self:
-        needed = ("database_url", "redis_url", "happyrobot_webhook_url", "app_url")
+        needed = ("database_url", "redis_url", "happyrobot_webhook_url", "app_url", "app_secret")
         missing = [name.upper() for name in needed if getattr(self, name) is None]
         if self.callback_key is None:
             missing.append("HAPPYROBOT_CALLBACK_KEY")

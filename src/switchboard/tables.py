@@ -18,6 +18,7 @@ from sqlalchemy import (
     false,
     func,
     text,
+    true,
 )
 from sqlalchemy.dialects.postgresql import JSON, JSONB
 
@@ -82,6 +83,8 @@ agent_runs = Table(
     Column("completed_at", DateTime(timezone=True)),
     # FAILED by our own timeout: a guess, which HappyRobot's word replaces.
     Column("timed_out", Boolean, nullable=False, server_default=false()),
+    # When HappyRobot, asked, last said where the run stands. What it says is an event only if it moves the run.
+    Column("heard_at", DateTime(timezone=True)),
     CheckConstraint(f"status IN ({', '.join(repr(str(status)) for status in RunStatus)})", name="status_known"),
     Index("idx_agent_runs_context", "context_id"),
     Index("idx_agent_runs_status", "status"),
@@ -105,6 +108,12 @@ executions = Table(
     _created_at(),
     Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("completed_at", DateTime(timezone=True)),
+    # What the caller sent as `Idempotency-Key`: the same one is the same execution.
+    Column("idempotency_key", String(255), unique=True),
+    # The process that places the call knows what became of it by then, or is gone.
+    Column("answer_by", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    # HappyRobot named no runs. Those whose callbacks name this execution are its runs.
+    Column("unconfirmed", Boolean, nullable=False, server_default=false()),
     Index("idx_executions_status", "status", "created_at"),
 )
 
@@ -150,6 +159,38 @@ held_callbacks = Table(
     Column("occurred_at", DateTime(timezone=True)),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
     Column("dedupe_key", Uuid, unique=True),
+    # Whether it is a reason to ask HappyRobot at once.
+    Column("session_ended", Boolean, nullable=False, server_default=false()),
     Index("idx_held_callbacks_run", "run_id", "id"),
+    Index("idx_held_callbacks_execution", "execution_id"),
     Index("idx_held_callbacks_created", "created_at"),
+)
+
+# HappyRobot's own record of a run that is over, as we show it: kept, because HappyRobot does not keep it for ever.
+run_records = Table(
+    "run_records",
+    metadata,
+    Column("run_id", String(255), primary_key=True),
+    Column("record", JSON, nullable=False),
+    _created_at(),
+)
+
+# The workflows that may be started, but for `default`, which comes from the environment.
+workflows = Table(
+    "workflows",
+    metadata,
+    Column("id", String(255), primary_key=True),
+    Column("name", String(255)),
+    Column("hook_url", Text, nullable=False),
+    # Sealed with a key derived from `APP_SECRET`.
+    Column("hook_key", Text),
+    Column("environment", String(50), nullable=False, server_default="production"),
+    # Where an approval's decision goes, if the request does not say.
+    Column("approval_url", Text),
+    # The workflow's place in links to the platform.
+    Column("org_slug", String(255)),
+    Column("platform_id", String(255)),
+    Column("active", Boolean, nullable=False, server_default=true()),
+    _created_at(),
+    Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
 )

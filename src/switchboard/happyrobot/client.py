@@ -1,33 +1,65 @@
-"""Calls to HappyRobot: the only file that knows its addresses and headers.
+"""Calls to HappyRobot: the only file that knows its headers, answers and refusals.
 
 HappyRobotError
 ├── NotSent         the request never left: nothing was started
 ├── Refused         HappyRobot answered that it did not
-└── Unknown         it may have been started; nobody can say
+├── Unknown         it may have been started; nobody can say
+└── NoAnswer        asked about a run, HappyRobot said nothing of use
+    ├── NotKnown    it has no such run, or not yet
+    ├── NoKey       we have no key to ask with
+    └── NoTurn      it was not asked: its pace is used up
 """
 
 import asyncio
+import logging
+import time
 from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import httpx
+import stamina
 from fastapi import Depends
 from pydantic import SecretStr
 from pydantic_core import from_json
+from redis.asyncio import Redis
 from starlette.requests import HTTPConnection
 
-from switchboard.happyrobot.payloads import TriggerAnswer, read_run_status
+from switchboard.happyrobot.addresses import api_root
+from switchboard.happyrobot.pace import Pace
+from switchboard.happyrobot.payloads import TriggerAnswer
+from switchboard.happyrobot.records import (
+    Message,
+    Recording,
+    RunRecord,
+    Session,
+    in_order,
+    read_messages,
+    read_recordings,
+    read_run,
+    read_sessions,
+)
 from switchboard.settings import Settings
-from switchboard.tables import RunStatus
 
-_PLATFORM_UI = "https://v2.platform.happyrobot.ai"
+log = logging.getLogger(__name__)
+
 _MAX_ANSWER = 10_000_000
 _CONNECT_TIMEOUT = 5.0
 """Seconds to wait for a connection, a free one or a new one: until then nothing has been sent."""
 
-_STATUS_TIMEOUT = 2.0
-"""Seconds. Whoever asks for a status waits no longer for HappyRobot; the database answers instead."""
+_ATTEMPTS = 4
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
+"""Of a trigger, and the seconds between them."""
+
+_LONGEST_WISH = 20.0
+"""Seconds of `Retry-After`; a hook that asks for more is not asked again, for the caller waits all the while."""
+
+_WORTH_ANOTHER_TRY = frozenset({429, 502, 503, 504})
+_NOT_STARTED = _WORTH_ANOTHER_TRY | frozenset(range(300, 500))
+"""Statuses that say that nothing was started. Of any other that is not 2xx nobody can say."""
+
+_PAGES = 20
+"""Pages of a v2 list that are read, at most."""
 
 
 class HappyRobotError(Exception):
@@ -39,10 +71,29 @@ class NotSent(HappyRobotError):
 
 
 class Refused(HappyRobotError):
-    pass
+    def __init__(self, status: int, retry_after: float | None = None) -> None:
+        super().__init__(f"HappyRobot answered {status}")
+        self.status = status
+        self.retry_after = retry_after
 
 
 class Unknown(HappyRobotError):
+    pass
+
+
+class NoAnswer(HappyRobotError):
+    pass
+
+
+class NotKnown(NoAnswer):
+    pass
+
+
+class NoKey(NoAnswer):
+    pass
+
+
+class NoTurn(NoAnswer):
     pass
 
 
@@ -54,34 +105,47 @@ class Hook:
     key: SecretStr | None = None
 
 
-def platform_url(settings: Settings, run_id: str) -> str | None:
-    """The run's page at HappyRobot, once slug and workflow are known."""
-    slug, workflow = settings.happyrobot_org_slug, settings.happyrobot_workflow_id
-    if not slug or not workflow:
-        return None
-    return (
-        f"{_PLATFORM_UI}/{quote(slug, safe='')}/workflow/{quote(workflow, safe='')}"
-        f"/runs?run_id={quote(run_id, safe='')}"
-    )
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long somebody can wait, in seconds: for a turn in HappyRobot's pace, and for its answer."""
+
+    patience: float
+    timeout: float
+
+
+POLL = Effort(patience=1, timeout=2)
+"""A browser that asks every few seconds: the database answers if HappyRobot does not."""
+
+READ = Effort(patience=5, timeout=10)
+"""Somebody who waits for what only HappyRobot knows."""
+
+BACKGROUND = Effort(patience=30, timeout=10)
 
 
 class HappyRobot:
     """A pool of connections to HappyRobot's hooks and its Platform API."""
 
-    def __init__(self, settings: Settings, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(self, settings: Settings, redis: Redis, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._settings = settings
+        key, organisation = settings.happyrobot_api_key, settings.happyrobot_org_id
+        account = f"{settings.happyrobot_api_url} {organisation} {key.get_secret_value() if key else ''}"
+        self._pace = Pace(redis, account, settings.happyrobot_api_pace)
+        self._background = asyncio.Lock()
 
-        def client(timeout: float) -> httpx.AsyncClient:
+        def client(timeout: float, keep: int) -> httpx.AsyncClient:
             return httpx.AsyncClient(
                 transport=transport,
                 timeout=httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT, pool=_CONNECT_TIMEOUT),
-                limits=httpx.Limits(max_connections=100, max_keepalive_connections=20),
+                limits=httpx.Limits(max_connections=100, max_keepalive_connections=keep),
                 headers={"User-Agent": "switchboard"},
             )
 
-        # Apart, so that hooks which hang leave the Platform API its connections.
-        self._hooks = client(settings.happyrobot_trigger_timeout)
-        self._platform = client(_STATUS_TIMEOUT)
+        # Apart, so that hooks which hang leave the Platform API its connections. A hook gets a new connection for each
+        # trigger: one that was kept may break at the moment of sending, and nobody could say whether it was heard.
+        self._hooks = client(settings.happyrobot_trigger_timeout, keep=0)
+        self._platform = client(READ.timeout, keep=20)
+        self._v1, self._v2 = (api_root(settings.happyrobot_api_url, version) for version in (1, 2))
+        self.reads_v2 = settings.happyrobot_api_url == self._v2 != self._v1
 
     async def aclose(self) -> None:
         await self._hooks.aclose()
@@ -90,19 +154,37 @@ class HappyRobot:
     async def trigger(self, hook: Hook, payload: dict[str, Any]) -> list[str]:
         """Starts a workflow and returns its runs' ids, at least one.
 
-        Sent once: HappyRobot knows no idempotency key, so a second request would be a second phone call.
+        Sent again only when it certainly started nothing: HappyRobot knows no idempotency key, so a second request may
+        be a second phone call.
         """
+        async for attempt in stamina.retry_context(
+            on=_certainly_not_started,
+            attempts=_ATTEMPTS,
+            timeout=self._settings.happyrobot_trigger_timeout,
+            wait_initial=_FIRST_PAUSE,
+            wait_max=_LONGEST_PAUSE,
+            wait_jitter=_FIRST_PAUSE,
+        ):
+            with attempt:
+                return await self._trigger_once(hook, payload)
+        raise AssertionError("stamina raises what the last attempt raised")
+
+    async def _trigger_once(self, hook: Hook, payload: dict[str, Any]) -> list[str]:
         headers = {"X-API-KEY": hook.key.get_secret_value()} if hook.key else {}
         try:
             async with asyncio.timeout(self._settings.happyrobot_trigger_timeout):
                 request = self._hooks.build_request("POST", hook.url, json=payload, headers=headers)
-                status, body = await _send(self._hooks, request)
+                response, body = await _send(self._hooks, request)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise NotSent(f"HappyRobot cannot be reached ({type(error).__name__})") from error
         except (httpx.HTTPError, TimeoutError) as error:
+            # Not sent again: HappyRobot may already have dialled.
             raise Unknown(f"HappyRobot did not answer ({type(error).__name__})") from error
-        if not httpx.codes.is_success(status):
-            raise Refused(f"HappyRobot answered {status}")
+        status = response.status_code
+        if status in _NOT_STARTED:
+            raise Refused(status, _seconds(response.headers.get("retry-after")))
+        if not response.is_success:
+            raise Unknown(f"HappyRobot answered {status}")
         try:
             run_ids = TriggerAnswer.model_validate(from_json(body)).run_ids
         except ValueError as error:
@@ -111,24 +193,136 @@ class HappyRobot:
             raise Unknown(f"HappyRobot answered {status} without naming a run")
         return run_ids
 
-    async def run_status(self, run_id: str) -> RunStatus | None:
-        """Asks the Platform API; None when there is no key, no answer in time, or no word that is known."""
+    # The Platform API. Everything below raises NoAnswer, and takes its turns in HappyRobot's pace.
+
+    @property
+    def can_be_asked(self) -> bool:
+        return self._settings.happyrobot_api_key is not None
+
+    async def turn(self, effort: Effort) -> None:
+        """Waits for a turn in the pace; raises NoTurn when there is none in time."""
+        if effort is BACKGROUND:
+            # One at a time, so that browsers compete with one waiter of each process and not with all of its jobs.
+            started = time.monotonic()
+            try:
+                async with asyncio.timeout(effort.patience), self._background:
+                    found = await self._pace.turn(effort.patience - (time.monotonic() - started))
+            except TimeoutError:
+                found = False
+        else:
+            found = await self._pace.turn(effort.patience)
+        if not found:
+            raise NoTurn("HappyRobot's pace is used up")
+
+    async def run(self, run_id: str, effort: Effort, *, turn_taken: bool = False) -> RunRecord:
+        """What HappyRobot knows about a run. In v2 that is without its sessions; `record` has them."""
+        if not turn_taken:
+            await self.turn(effort)
+        root = self._v2 if self.reads_v2 else self._v1
+        record = read_run(await self._ask("GET", f"{root}/runs/{_quoted(run_id)}", effort))
+        if record is None:
+            raise NoAnswer("HappyRobot answered with something unreadable")
+        return record
+
+    async def record(self, run_id: str, effort: Effort) -> RunRecord:
+        """All that HappyRobot knows about a run, in as many requests as this version of its API needs."""
+        record = await self.run(run_id, effort)
+        if not self.reads_v2:
+            return record
+        sessions = [
+            session.model_copy(update={"messages": await self._messages(session.id, effort)}) if session.id else session
+            for session in await self._sessions(run_id, effort)
+        ]
+        return record.model_copy(update={"sessions": sessions})
+
+    async def _sessions(self, run_id: str, effort: Effort) -> list[Session]:
+        found: list[Session] = []
+        for page in range(1, _PAGES + 1):
+            await self.turn(effort)
+            url = f"{self._v2}/runs/{_quoted(run_id)}/sessions"
+            sessions, more = read_sessions(await self._ask("GET", url, effort, page=page, sort="asc"))
+            found += sessions
+            if not more:
+                break
+        return in_order(found)
+
+    async def _messages(self, session_id: str, effort: Effort) -> list[Message]:
+        found: list[Message] = []
+        for page in range(1, _PAGES + 1):
+            await self.turn(effort)
+            url = f"{self._v2}/sessions/{_quoted(session_id)}/messages"
+            messages, more = read_messages(await self._ask("GET", url, effort, page=page, page_size=100, sort="asc"))
+            found += messages
+            if not more:
+                break
+        return in_order(found)
+
+    async def recordings(self, run_id: str, effort: Effort) -> list[Recording]:
+        """Links to a run's recordings, which HappyRobot signs anew for each request."""
+        await self.turn(effort)
+        return read_recordings(await self._ask("GET", f"{self._v1}/runs/{_quoted(run_id)}/recordings", effort))
+
+    async def cancel(self, run_id: str, effort: Effort) -> str | None:
+        """Asks HappyRobot to stop a run; returns its word for where the run stands now, if it gives one.
+
+        Raises Refused where HappyRobot says no.
+        """
+        await self.turn(effort)
+        answer = await self._ask("POST", f"{self._v2}/runs/{_quoted(run_id)}/cancel", effort)
+        word = answer.get("status") if isinstance(answer, dict) else None
+        return word if isinstance(word, str) else None
+
+    async def _ask(self, method: str, url: str, effort: Effort, **query: str | int) -> Any:
         key = self._settings.happyrobot_api_key
         if key is None:
-            return None
+            raise NoKey("HAPPYROBOT_API_KEY is not set")
         headers = {"Authorization": f"Bearer {key.get_secret_value()}"}
         if self._settings.happyrobot_org_id:
             headers["x-organization-id"] = self._settings.happyrobot_org_id
-        url = f"{self._settings.happyrobot_api_url}/runs/{quote(run_id, safe='')}"
+        # An object even where there is nothing to say: an empty body has been answered 400.
+        body: dict[str, Any] | None = {} if method == "POST" else None
         try:
-            async with asyncio.timeout(_STATUS_TIMEOUT):
-                status, body = await _send(self._platform, self._platform.build_request("GET", url, headers=headers))
-            return read_run_status(from_json(body)) if status == httpx.codes.OK else None
-        except (httpx.HTTPError, TimeoutError, ValueError):
-            return None
+            async with asyncio.timeout(effort.timeout):
+                request = self._platform.build_request(method, url, params=query or None, json=body, headers=headers)
+                response, content = await _send(self._platform, request)
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise NoAnswer(f"HappyRobot did not answer ({type(error).__name__})") from error
+        status = response.status_code
+        if status == httpx.codes.NOT_FOUND:
+            raise NotKnown("HappyRobot has no record of this run")
+        if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            log.warning("HappyRobot refuses HAPPYROBOT_API_KEY (%s); is it of this region and organisation?", status)
+        elif method == "POST" and response.is_client_error and status not in _WORTH_ANOTHER_TRY:
+            raise Refused(status)
+        if not response.is_success:
+            raise NoAnswer(f"HappyRobot answered {status}")
+        try:
+            return from_json(content)
+        except ValueError as error:
+            raise NoAnswer(f"HappyRobot answered {status} with something unreadable") from error
 
 
-async def _send(client: httpx.AsyncClient, request: httpx.Request) -> tuple[int, bytes]:
+def _certainly_not_started(error: Exception) -> bool | float:
+    """Whether a trigger may be sent again; a number is the pause that HappyRobot asks for."""
+    if isinstance(error, NotSent):
+        return True
+    if not isinstance(error, Refused) or error.status not in _WORTH_ANOTHER_TRY:
+        return False
+    if error.retry_after is None:
+        return True
+    return error.retry_after <= _LONGEST_WISH and max(error.retry_after, _FIRST_PAUSE)
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """A `Retry-After` in seconds. One that names a date is as good as none: clocks differ."""
+    return float(retry_after) if retry_after and retry_after.isascii() and retry_after.isdecimal() else None
+
+
+def _quoted(part: str) -> str:
+    return quote(part, safe="")
+
+
+async def _send(client: httpx.AsyncClient, request: httpx.Request) -> tuple[httpx.Response, bytes]:
     response = await client.send(request, stream=True)
     try:
         body = bytearray()
@@ -136,7 +330,7 @@ async def _send(client: httpx.AsyncClient, request: httpx.Request) -> tuple[int,
             body += chunk
             if len(body) > _MAX_ANSWER:
                 raise httpx.DecodingError("the answer is too large", request=request)
-        return response.status_code, bytes(body)
+        return response, bytes(body)
     finally:
         await response.aclose()
 

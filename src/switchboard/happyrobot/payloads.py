@@ -78,6 +78,12 @@ class _CloudEventData(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     run_id: Id
+    status: Any = None
+
+    @property
+    def session_status(self) -> object:
+        """The word for where a session stands now."""
+        return self.status.get("current") if isinstance(self.status, dict) else self.status
 
 
 class _CloudEvent(BaseModel):
@@ -98,19 +104,19 @@ _MOST_SECONDS = 1e11
 _CALENDAR = range(1970, 2200)
 
 
-def _moment(value: str | float | None) -> datetime | None:
+def moment(value: str | float | None) -> datetime | None:
     """A time as authors write it: ISO 8601, or seconds or milliseconds since 1970. Nonsense is None."""
     try:
         if isinstance(value, str):
-            moment = datetime.fromisoformat(value)
-            moment = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+            at = datetime.fromisoformat(value)
+            at = (at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone(UTC)
         elif isinstance(value, (int, float)):
-            moment = datetime.fromtimestamp(value / 1000 if math.fabs(value) > _MOST_SECONDS else value, UTC)
+            at = datetime.fromtimestamp(value / 1000 if math.fabs(value) > _MOST_SECONDS else value, UTC)
         else:
             return None
     except (ValueError, OverflowError, OSError):
         return None
-    return moment if moment.year in _CALENDAR else None
+    return at if at.year in _CALENDAR else None
 
 
 def _tells_copies_apart(timestamp: str | float | None) -> bool:
@@ -118,7 +124,7 @@ def _tells_copies_apart(timestamp: str | float | None) -> bool:
 
     One in words of the author's own is good enough.
     """
-    if _moment(timestamp) is not None:
+    if moment(timestamp) is not None:
         return True
     if not isinstance(timestamp, str) or not timestamp.strip():
         return False
@@ -153,13 +159,22 @@ def read_callback(body: Any, raw: bytes, webhook_id: str | None) -> NewEvent:
     return event
 
 
+_SESSION_CHANGED = "session.status_changed"
+_SESSION_UNDER_WAY = "in-progress"
+_SESSION_ENDS = frozenset({"completed", "busy", "missed", "voicemail", "canceled", "failed"})
+
+
 def _read_cloud_event(event: _CloudEvent, data: Any) -> NewEvent:
     run_id = event.data.run_id
+    word = event.data.session_status if event.type == _SESSION_CHANGED else None
     return NewEvent(
         run_id,
         event.type,
         data,
-        occurred_at=_moment(event.time),
+        RunStatus.RUNNING if word == _SESSION_UNDER_WAY else None,
+        # A run can have several sessions: the end of one is no more than a reason to ask.
+        session_ended=isinstance(word, str) and word in _SESSION_ENDS,
+        occurred_at=moment(event.time),
         dedupe_key=_key(run_id, "cloudevent", event.source, event.id),
     )
 
@@ -171,7 +186,7 @@ def _read_guide_callback(callback: CallbackIn, raw: bytes) -> NewEvent:
         callback.data,
         _CALLBACK_WORDS.get(callback.event_type),
         outcome=callback.data,
-        occurred_at=_moment(callback.timestamp),
+        occurred_at=moment(callback.timestamp),
         execution_id=callback.execution_id,
         dedupe_key=_key(callback.run_id, "body", raw) if _tells_copies_apart(callback.timestamp) else None,
     )
@@ -187,9 +202,3 @@ class TriggerAnswer(BaseModel):
     def run_ids(self) -> list[str]:
         """The runs, each once, in HappyRobot's order."""
         return list(dict.fromkeys(self.queued_run_ids or ([self.run_id] if self.run_id else [])))
-
-
-def read_run_status(body: Any) -> RunStatus | None:
-    """The status in an answer of the Platform API, nested, flat or v2; None if there is none that is known."""
-    nested = body.get("run", body) if isinstance(body, dict) else None
-    return platform_status(nested.get("status")) if isinstance(nested, dict) else None

@@ -1,12 +1,13 @@
 """The one writer: everything that happens to a run is written here, in the order in which readers see it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
     Boolean,
+    Row,
     String,
     Text,
     Uuid,
@@ -30,7 +31,19 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.events import Event, NewEvent
-from switchboard.runs.sorting import NewRuns, News, Outcome, Recorded, Registered, Run, Sorting, Written
+from switchboard.jobs import CHECK, RECONCILE, Job, enqueue
+from switchboard.runs.sorting import (
+    NewRuns,
+    News,
+    Noted,
+    Outcome,
+    Recorded,
+    Registered,
+    Run,
+    Sorting,
+    Unconfirmed,
+    Written,
+)
 from switchboard.runs.status import Standing, execution_status
 from switchboard.tables import ExecutionStatus, RunStatus, agent_runs, executions, held_callbacks, run_events
 
@@ -47,18 +60,32 @@ _TURN = text(
 
 _HELD_FOR = text("interval '1 day'")
 
+_SETTLES_IN = 2.0
+"""Seconds after a run's end until HappyRobot's record of it is looked at."""
 
-async def write(conn: AsyncConnection, news: Sequence[News]) -> Written:
+DEFAULT_NAME = "HappyRobot Run"
+"""The guide's, for runs that were given none."""
+
+
+async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after: float = 15) -> Written:
     """Appends events, moves runs and writes the rows of new ones, in the caller's transaction.
 
     The caller announces the events once it has committed, and locks nothing before this call that another writer
-    could wait for: turns come first.
+    could wait for: turns come first. `reconcile_after` is in seconds.
     """
     await conn.execute(_TURN)
-    starts = [item for item in news if isinstance(item, NewRuns)]
     events = [item for item in news if isinstance(item, NewEvent)]
+    runs = await _load_runs(conn, {event.run_id for event in events})
+    await _load_newest_events(conn, [runs[event.run_id] for event in events if _depends(event, runs)])
+    starts = [
+        *(item for item in news if isinstance(item, NewRuns)),
+        *await _adopt(conn, [event for event in events if event.run_id not in runs]),
+        *await _note(conn, [item for item in news if isinstance(item, Unconfirmed)]),
+    ]
     beginnings = [event for start in starts for event in await _insert_runs(conn, start)]
-    runs = await _load_runs(conn, {event.run_id for event in (*beginnings, *events)})
+    if starts:
+        # Also the known ones: they may have got an execution.
+        runs |= await _load_runs(conn, {run_id for start in starts for run_id in start.run_ids})
     claimed = await _claim(conn, [run.run_id for run in runs.values() if run.has_held])
     sorting = Sorting(runs, await _seen(conn, [*claimed, *events]))
     for event in (*beginnings, *claimed):
@@ -66,17 +93,99 @@ async def write(conn: AsyncConnection, news: Sequence[News]) -> Written:
     verdicts = iter([sorting.sort(event) for event in events])
     await _hold(conn, sorting.early)
     written = await _append(conn, sorting.rows)
-    await _move_runs(conn, [run for run in runs.values() if run.changed])
+    moved = [run for run in runs.values() if run.changed]
+    await _move_runs(conn, moved)
     await _move_executions(
         conn,
-        {run.execution_id for run in runs.values() if run.changed and run.execution_id is not None}
-        | {start.execution_id for start in starts},
+        {run.execution_id for run in moved if run.execution_id is not None} | {start.execution_id for start in starts},
+    )
+    ended = [run.run_id for run in moved if run.now.over and not run.now.timed_out]
+    await enqueue(
+        conn,
+        [
+            *(Job(RECONCILE, event.run_id, reconcile_after) for event in beginnings),
+            *sorting.jobs,
+            *(Job(CHECK, run_id, _SETTLES_IN) for run_id in ended),
+        ],
     )
     outcomes: list[Outcome] = []
     for item in news:
-        verdict = Registered() if isinstance(item, NewRuns) else next(verdicts)
-        outcomes.append(Recorded(written[verdict]) if isinstance(verdict, int) else verdict)
+        match item:
+            case NewRuns():
+                outcomes.append(Registered())
+            case Unconfirmed():
+                named = (start.run_ids for start in starts if start.execution_id == item.execution_id)
+                outcomes.append(Noted([run_id for run_ids in named for run_id in run_ids]))
+            case NewEvent():
+                verdict = next(verdicts)
+                outcomes.append(Recorded(written[verdict]) if isinstance(verdict, int) else verdict)
     return Written(outcomes, written)
+
+
+def _depends(event: NewEvent, runs: Mapping[str, Run]) -> bool:
+    return event.only_after is not None and event.run_id in runs
+
+
+async def _load_newest_events(conn: AsyncConnection, runs: Sequence[Run]) -> None:
+    for run in runs:
+        newest = select(func.max(run_events.c.id)).where(run_events.c.run_id == run.run_id)
+        run.newest_event = await conn.scalar(newest) or 0
+
+
+async def _note(conn: AsyncConnection, ends: Sequence[Unconfirmed]) -> list[NewRuns]:
+    """Writes down how triggers ended that brought no runs; returns the runs whose callbacks are held for them."""
+    starts = []
+    for end in ends:
+        # Not if its runs are known after all: somebody else may have been quicker.
+        noted = await conn.execute(
+            update(executions)
+            .where(executions.c.id == end.execution_id, executions.c.status == ExecutionStatus.PENDING)
+            .values(
+                status=end.status,
+                error=end.error,
+                unconfirmed=True,
+                updated_at=func.now(),
+                completed_at=func.now() if end.status is ExecutionStatus.FAILED else None,
+            )
+            .returning(executions)
+        )
+        if (execution := noted.one_or_none()) is not None:
+            held = select(held_callbacks.c.run_id).where(held_callbacks.c.execution_id == str(execution.id)).distinct()
+            starts.append(_adopted(execution, list(await conn.scalars(held))))
+    return [start for start in starts if start.run_ids]
+
+
+async def _adopt(conn: AsyncConnection, strays: Sequence[NewEvent]) -> list[NewRuns]:
+    """The runs, not known so far, that name an execution of ours which is missing its runs."""
+    named: dict[UUID, list[str]] = {}
+    for stray in strays:
+        if (execution_id := _uuid(stray.execution_id)) is not None:
+            named.setdefault(execution_id, []).append(stray.run_id)
+    if not named:
+        return []
+    rows = await conn.execute(
+        select(executions).where(executions.c.id == any_(literal(list(named), ARRAY(Uuid))), executions.c.unconfirmed)
+    )
+    return [_adopted(execution, list(dict.fromkeys(named[execution.id]))) for execution in rows]
+
+
+def _adopted(execution: Row[Any], run_ids: Sequence[str]) -> NewRuns:
+    return NewRuns(
+        execution.id,
+        execution.workflow_id,
+        execution.context_id,
+        execution.name or DEFAULT_NAME,
+        execution.description,
+        run_ids,
+        adopted=True,
+    )
+
+
+def _uuid(text: str | None) -> UUID | None:
+    try:
+        return UUID(text) if text else None
+    except ValueError:
+        return None
 
 
 async def _insert_runs(conn: AsyncConnection, start: NewRuns) -> list[NewEvent]:
@@ -104,7 +213,13 @@ async def _insert_runs(conn: AsyncConnection, start: NewRuns) -> list[NewEvent]:
             .where(agent_runs.c.run_id.in_(known), agent_runs.c.execution_id.is_(None))
             .values(execution_id=start.execution_id)
         )
-    data = {"name": start.name, "workflow_id": start.workflow_id, "execution_id": str(start.execution_id)}
+    data: dict[str, Any] = {
+        "name": start.name,
+        "workflow_id": start.workflow_id,
+        "execution_id": str(start.execution_id),
+    }
+    if start.adopted:
+        data["adopted"] = True
     return [NewEvent(run_id, "triggered", data) for run_id in start.run_ids if run_id in added]
 
 
@@ -201,6 +316,7 @@ async def _move_executions(conn: AsyncConnection, execution_ids: Collection[UUID
             .where(executions.c.id == row.execution_id, executions.c.status != status)
             .values(
                 status=status,
+                error=null(),  # that HappyRobot did not answer is no longer so
                 updated_at=func.now(),
                 completed_at=null() if status is ExecutionStatus.RUNNING else func.now(),
             )
@@ -221,6 +337,7 @@ async def _hold(conn: AsyncConnection, early: Sequence[NewEvent]) -> None:
                 "data": event.data,
                 "occurred_at": event.occurred_at,
                 "dedupe_key": event.dedupe_key,
+                "session_ended": event.session_ended,
             }
             for event in early
         ],
@@ -248,6 +365,7 @@ async def _claim(conn: AsyncConnection, run_ids: Collection[str]) -> list[NewEve
             occurred_at=row.occurred_at or row.created_at,
             execution_id=row.execution_id,
             dedupe_key=row.dedupe_key,
+            session_ended=row.session_ended,
         )
         for row in sorted(rows, key=lambda row: row.id)
     ]

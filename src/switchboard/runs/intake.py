@@ -12,9 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import HTTPConnection
 
 from switchboard.errors import Unavailable, postgres_is_away
+from switchboard.events import NewEvent
 from switchboard.live.announcer import Announcer
 from switchboard.runs.ingest import write
-from switchboard.runs.sorting import NewRuns, News, Outcome
+from switchboard.runs.sorting import News, Outcome
 
 MAX_WAITING = 2_000
 """News that may wait; beyond it a caller is told to come back."""
@@ -32,9 +33,10 @@ class Intake:
     database anyway, so more than one at a time in a process would only wait for each other.
     """
 
-    def __init__(self, db: AsyncEngine, announcer: Announcer) -> None:
+    def __init__(self, db: AsyncEngine, announcer: Announcer, *, reconcile_after: float = 15) -> None:
         self._db = db
         self._announcer = announcer
+        self._reconcile_after = reconcile_after
         self._waiting: deque[_Waiting] = deque()
         self._writing: asyncio.Task[None] | None = None
 
@@ -43,8 +45,8 @@ class Intake:
 
         Raises Unavailable when too many wait already, and whatever goes wrong in the database.
         """
-        # Runs that were started are never sent away: their call is placed.
-        if len(self._waiting) >= MAX_WAITING and not isinstance(news, NewRuns):
+        # What became of a trigger is never sent away: its call is placed.
+        if len(self._waiting) >= MAX_WAITING and isinstance(news, NewEvent):
             raise Unavailable("Too many callbacks at once")
         written: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._waiting.append((news, written))
@@ -71,7 +73,7 @@ class Intake:
     async def _write(self, batch: Sequence[_Waiting]) -> None:
         try:
             async with self._db.begin() as conn:
-                result = await write(conn, [news for news, _ in batch])
+                result = await write(conn, [news for news, _ in batch], reconcile_after=self._reconcile_after)
         except Exception as error:  # noqa: BLE001  # every caller waits for an answer, whatever went wrong
             if len(batch) > 1 and isinstance(error, SQLAlchemyError) and not postgres_is_away(error):
                 # Whoever is to blame fails alone.

@@ -28,8 +28,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSON
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from switchboard.errors import BadRequest
-from switchboard.tables import RunStatus, agent_runs, run_events
+from switchboard.errors import BadRequest, NotFound
+from switchboard.happyrobot.addresses import platform_url
+from switchboard.settings import Settings
+from switchboard.tables import RunStatus, agent_runs, run_events, workflows
+from switchboard.workflows import DEFAULT_WORKFLOW
 
 MAX_LOGS = 1000
 """Logs of one run in its metadata: the newest. The rest is in its timeline."""
@@ -100,12 +103,28 @@ _RUNS: Select[Any] = select(
     agent_runs.c.execution_id,
     agent_runs.c.completed_at,
     agent_runs.c.timed_out,
-)
+    workflows.c.org_slug,
+    workflows.c.platform_id,
+).select_from(agent_runs.outerjoin(workflows, workflows.c.id == agent_runs.c.workflow_id))
+
+
+def platform_link(settings: Settings, run: Row[Any]) -> str | None:
+    """The run's page at HappyRobot, if its organisation and workflow are known there by name."""
+    if run.workflow_id == DEFAULT_WORKFLOW:
+        return platform_url(settings.happyrobot_org_slug, settings.happyrobot_workflow_id, run.run_id)
+    return platform_url(run.org_slug or settings.happyrobot_org_slug, run.platform_id, run.run_id)
 
 
 async def find_run(conn: AsyncConnection, run_id: str) -> Row[Any] | None:
     """One run's row, without its logs."""
     run: Row[Any] | None = (await conn.execute(_RUNS.where(agent_runs.c.run_id == run_id))).one_or_none()
+    return run
+
+
+def found(run: Row[Any] | None) -> Row[Any]:
+    """The run, or the answer that there is none."""
+    if run is None:
+        raise NotFound("Run not found")
     return run
 
 

@@ -6,8 +6,9 @@ from typing import Any
 from uuid import UUID
 
 from switchboard.events import Event, NewEvent
+from switchboard.jobs import CHECK, Job
 from switchboard.runs.status import Standing, advance, timed_out
-from switchboard.tables import RunStatus
+from switchboard.tables import ExecutionStatus, RunStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +21,20 @@ class NewRuns:
     name: str
     description: str | None
     run_ids: Sequence[str]
+    adopted: bool = False
+    """Whether it was not HappyRobot's answer that named them, but a callback of theirs."""
 
 
-News = NewEvent | NewRuns
+@dataclass(frozen=True, slots=True)
+class Unconfirmed:
+    """A trigger that ended without runs: HappyRobot named none, or refused it, or nobody knows."""
+
+    execution_id: UUID
+    status: ExecutionStatus
+    error: str
+
+
+News = NewEvent | NewRuns | Unconfirmed
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +47,13 @@ class Recorded:
 @dataclass(frozen=True, slots=True)
 class Registered:
     """The runs have rows, and what was held for them is in their timelines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """The execution says what is known. The runs are those whose callbacks had named it before."""
+
+    run_ids: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +71,7 @@ class Held:
     """Its run is not known yet; it is kept until the run is."""
 
 
-Outcome = Recorded | Registered | Duplicate | Unchanged | Held
+Outcome = Recorded | Registered | Noted | Duplicate | Unchanged | Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +96,8 @@ class Run:
     known: set[str]
     """Which of `result` and `error` its metadata holds."""
     has_held: bool
+    newest_event: int | None = None
+    """Loaded only where somebody's news depend on it."""
     gained: dict[str, Any] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
 
@@ -116,6 +137,8 @@ class Sorting:
     seen: set[UUID]
     rows: list[dict[str, Any]] = field(default_factory=list)
     early: list[NewEvent] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
+    """What is to be done because of them."""
 
     def sort(self, event: NewEvent) -> Outcome | int:
         """What becomes of an event: the place of its row, or the reason why it has none."""
@@ -125,11 +148,18 @@ class Sorting:
             return Held()
         if event.dedupe_key in self.seen:
             return Duplicate()
+        if event.only_after is not None and run.newest_event != event.only_after:
+            return Unchanged()
         moved = run.take(event)
         if event.only_if_it_moves and not moved:
             return Unchanged()
         if event.dedupe_key is not None:
             self.seen.add(event.dedupe_key)
+        run.newest_event = None  # it is this one, whose id is not known yet
+        if event.session_ended and not run.now.over:
+            self.jobs.append(Job(CHECK, run.run_id))
+        if event.then is not None:
+            self.jobs.append(event.then)
         self.rows.append(
             {
                 "run_id": run.run_id,

@@ -3,29 +3,36 @@
 import asyncio
 import contextlib
 import logging
-from typing import Any
+from datetime import timedelta
+from typing import Annotated, Any
 from uuid import UUID, uuid4
 
+from fastapi import Header
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import func, insert, update
+from sqlalchemy import Row, func, literal, select
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from switchboard.bodies import Id, ShortText, Text
-from switchboard.errors import NotFound, TriggerFailed
-from switchboard.happyrobot.client import HappyRobot, HappyRobotError, Hook, Unknown
+from switchboard.errors import Conflict, Forbidden, NotConfigured, NotFound, TriggerFailed, Unprocessable
+from switchboard.happyrobot.client import HappyRobot, HappyRobotError, Unknown
+from switchboard.runs.ingest import DEFAULT_NAME
 from switchboard.runs.intake import Intake
-from switchboard.runs.sorting import NewRuns
+from switchboard.runs.sorting import NewRuns, Noted, Unconfirmed
+from switchboard.sealing import SealBroken, SecretMissing
 from switchboard.settings import Settings
-from switchboard.tables import ExecutionStatus, executions
+from switchboard.tables import ExecutionStatus, agent_runs, executions
+from switchboard.workflows import DEFAULT_WORKFLOW, Workflow, find
 
 log = logging.getLogger(__name__)
 
-DEFAULT_WORKFLOW = "default"
 _PAUSES = (0.2, 1.0, 3.0)
 """Seconds between attempts to record runs that HappyRobot has started."""
 
-_DEFAULT_NAME = "HappyRobot Run"  # the guide's
+_MARGIN = 60.0
+"""Seconds beyond the trigger's own time limits after which its process counts as gone."""
 
 
 class TriggerIn(BaseModel):
@@ -47,6 +54,18 @@ class TriggerOut(BaseModel):
     execution_id: UUID
 
 
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        pattern=r"^[\x21-\x7e]+( +[\x21-\x7e]+)*$",
+        description="Your own id for this intent: however often it is sent, somebody is called once.",
+        examples=["order_123/confirm-pickup"],
+    ),
+]
+
+
 async def start(
     db: AsyncEngine,
     happyrobot: HappyRobot,
@@ -54,45 +73,105 @@ async def start(
     settings: Settings,
     request: TriggerIn,
     body: dict[str, Any],
+    idempotency_key: str | None = None,
 ) -> TriggerOut:
-    """Starts a workflow and returns its runs.
+    """Starts a workflow and returns its runs; with a key that was used before, what is known of that execution.
 
-    Raises NotFound for an unknown workflow, TriggerFailed when HappyRobot did not confirm; the execution says why.
+    Raises NotFound for an unknown workflow, Forbidden for a disabled one, Unprocessable for a key that was used for
+    something else, Conflict for one whose call is being placed, TriggerFailed when HappyRobot did not confirm.
     """
     workflow_id = request.workflow_id or DEFAULT_WORKFLOW
-    hook = _hook(settings, workflow_id)
     execution_id = uuid4()
     async with db.begin() as conn:
-        await conn.execute(
-            insert(executions).values(
-                id=execution_id,
-                workflow_id=workflow_id,
-                context_id=request.context_id,
-                name=request.name,
-                description=request.description,
-                input=body,
-            )
-        )
+        if idempotency_key is not None and (known := await _known(conn, idempotency_key, body)) is not None:
+            return await _told_again(conn, known)
+        workflow = await _workflow(conn, settings, workflow_id)
+        new = await _write_down(conn, settings, execution_id, workflow_id, request, body, idempotency_key)
+        if not new:
+            # Somebody with the same key was quicker, by less than a commit.
+            assert idempotency_key is not None  # noqa: S101  # nothing else is unique
+            known = await _known(conn, idempotency_key, body)
+            assert known is not None  # noqa: S101  # the insert has waited for it
+            return await _told_again(conn, known)
     # Ours come last, so that nobody can send the callbacks elsewhere.
     payload = {**body, "callback_url": settings.callback_url, "execution_id": str(execution_id)}
     try:
-        run_ids = await happyrobot.trigger(hook, payload)
+        run_ids = await happyrobot.trigger(workflow.hook, payload)
     except HappyRobotError as error:
-        status = ExecutionStatus.SUBMISSION_UNKNOWN if isinstance(error, Unknown) else ExecutionStatus.FAILED
-        log.warning("execution %s is %s: %s", execution_id, status, error)
-        # The caller learns of it even if it cannot be written down.
-        with contextlib.suppress(SQLAlchemyError, OSError):
-            await _note_failure(db, execution_id, status, str(error))
-        raise _failed(execution_id, status, str(error)) from error
-    name = request.name or _DEFAULT_NAME
+        raise await _unconfirmed(intake, execution_id, error) from error
+    name = request.name or DEFAULT_NAME
     await _record(intake, NewRuns(execution_id, workflow_id, request.context_id, name, request.description, run_ids))
     return TriggerOut(success=True, run_ids=run_ids, execution_id=execution_id)
 
 
-def _hook(settings: Settings, workflow_id: str) -> Hook:
-    if workflow_id != DEFAULT_WORKFLOW or settings.happyrobot_webhook_url is None:
+async def _workflow(conn: AsyncConnection, settings: Settings, workflow_id: str) -> Workflow:
+    try:
+        workflow = await find(conn, settings, workflow_id)
+    except (SealBroken, SecretMissing) as error:
+        log.error("workflow %s cannot be started: %s", workflow_id, error)  # noqa: TRY400  # its cause is in the words
+        raise NotConfigured("Workflow cannot be started", detail=str(error)) from error
+    if workflow is None:
         raise NotFound("Workflow not found")
-    return Hook(settings.happyrobot_webhook_url, settings.happyrobot_x_api_key)
+    if not workflow.active:
+        raise Forbidden("Workflow is disabled")
+    return workflow
+
+
+async def _write_down(
+    conn: AsyncConnection,
+    settings: Settings,
+    execution_id: UUID,
+    workflow_id: str,
+    request: TriggerIn,
+    body: dict[str, Any],
+    idempotency_key: str | None,
+) -> bool:
+    """Stores the execution; False if its key is taken."""
+    limit = timedelta(seconds=2 * settings.happyrobot_trigger_timeout + _MARGIN)
+    stored = await conn.execute(
+        upsert(executions)
+        .values(
+            id=execution_id,
+            workflow_id=workflow_id,
+            context_id=request.context_id,
+            name=request.name,
+            description=request.description,
+            input=body,
+            idempotency_key=idempotency_key,
+            answer_by=func.now() + limit,
+        )
+        .on_conflict_do_nothing(index_elements=["idempotency_key"])
+    )
+    return stored.rowcount == 1
+
+
+async def _known(conn: AsyncConnection, idempotency_key: str, body: dict[str, Any]) -> Row[Any] | None:
+    """The execution that this key stands for, whose call is not being placed any more."""
+    query = select(
+        executions.c.id,
+        executions.c.status,
+        executions.c.error,
+        (executions.c.input == literal(body, JSONB)).label("same"),
+    ).where(executions.c.idempotency_key == idempotency_key)
+    known: Row[Any] | None = (await conn.execute(query)).one_or_none()
+    if known is None:
+        return None
+    if not known.same:
+        raise Unprocessable("This Idempotency-Key was used with another body")
+    if known.status == ExecutionStatus.PENDING:
+        raise Conflict(
+            "A request with this Idempotency-Key is in progress",
+            execution_id=str(known.id),
+            status=ExecutionStatus.PENDING,
+        )
+    return known
+
+
+async def _told_again(conn: AsyncConnection, execution: Row[Any]) -> TriggerOut:
+    query = select(agent_runs.c.run_id).where(agent_runs.c.execution_id == execution.id).order_by(agent_runs.c.id)
+    if run_ids := list(await conn.scalars(query)):
+        return TriggerOut(success=True, run_ids=run_ids, execution_id=execution.id)
+    raise _failed(execution.id, ExecutionStatus(execution.status), execution.error or "")
 
 
 async def _record(intake: Intake, runs: NewRuns) -> None:
@@ -114,21 +193,20 @@ async def _record(intake: Intake, runs: NewRuns) -> None:
             return
 
 
+async def _unconfirmed(intake: Intake, execution_id: UUID, error: HappyRobotError) -> TriggerFailed:
+    """Writes down that HappyRobot named no runs, and what the caller is told."""
+    status = ExecutionStatus.SUBMISSION_UNKNOWN if isinstance(error, Unknown) else ExecutionStatus.FAILED
+    log.warning("execution %s is %s: %s", execution_id, status, error)
+    found: dict[str, Any] = {}
+    # The caller learns of it even if it cannot be written down: then a worker does, once the process counts as gone.
+    with contextlib.suppress(SQLAlchemyError, OSError):
+        noted = await intake.take(Unconfirmed(execution_id, status, str(error)))
+        if isinstance(noted, Noted) and noted.run_ids:
+            found["run_ids"] = list(noted.run_ids)
+    return _failed(execution_id, status, str(error), **found)
+
+
 def _failed(execution_id: UUID, status: ExecutionStatus, detail: str, **more: Any) -> TriggerFailed:
     return TriggerFailed(
         "Failed to trigger workflow", execution_id=str(execution_id), status=status, detail=detail, **more
     )
-
-
-async def _note_failure(db: AsyncEngine, execution_id: UUID, status: ExecutionStatus, error: str) -> None:
-    async with db.begin() as conn:
-        await conn.execute(
-            update(executions)
-            .where(executions.c.id == execution_id)
-            .values(
-                status=status,
-                error=error,
-                updated_at=func.now(),
-                completed_at=func.now() if status is ExecutionStatus.FAILED else None,
-            )
-        )

@@ -1,6 +1,6 @@
-"""`/api/happyrobot/*`: what a frontend asks for."""
+"""`/api/happyrobot/runs*`: what a frontend reads of what is stored."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from urllib.parse import quote, urlencode
 from uuid import UUID
 
@@ -8,20 +8,15 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from sqlalchemy import Row
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard.access import Allowed
-from switchboard.bodies import Id, JsonBody, ShortText, check
+from switchboard.bodies import Id, ShortText
 from switchboard.database import Db
-from switchboard.errors import NotFound, described
-from switchboard.events import Event, NewEvent, Scope, Timestamp, read_events
-from switchboard.happyrobot.client import CurrentHappyRobot, platform_url
-from switchboard.runs.intake import CurrentIntake
-from switchboard.runs.queries import Cursor, Filter, find_run, list_runs, metadata_of
-from switchboard.runs.status import Standing, advance
-from switchboard.runs.trigger import TriggerIn, TriggerOut, start
+from switchboard.errors import described
+from switchboard.events import Event, Scope, Timestamp, read_events
+from switchboard.runs.queries import Cursor, Filter, find_run, found, list_runs, metadata_of, platform_link
 from switchboard.settings import CurrentSettings, Settings
-from switchboard.tables import FINAL, RunStatus
+from switchboard.tables import RunStatus
 
 router = APIRouter(prefix="/api/happyrobot", tags=["runs"], dependencies=[Allowed])
 
@@ -54,18 +49,6 @@ class RunOut(BaseModel):
     platform_url: str | None = Field(None, description="The run at HappyRobot; absent while that is not known.")
 
 
-class StatusOut(BaseModel):
-    """A run's status, in the guide's words."""
-
-    run_id: str
-    status: Literal["pending", "running", "completed", "failed", "canceled"]
-    name: str | None
-    created_at: Timestamp
-    updated_at: Timestamp
-    source: Literal["happyrobot", "database"] = Field(description="Who was asked last.")
-    platform_url: str | None = None
-
-
 def _run_out(settings: Settings, run: Row[Any], metadata: dict[str, Any]) -> RunOut:
     fields = {
         "id": str(run.id),
@@ -81,73 +64,9 @@ def _run_out(settings: Settings, run: Row[Any], metadata: dict[str, Any]) -> Run
         "workflow_id": run.workflow_id,
         "execution_id": run.execution_id,
     }
-    if url := platform_url(settings, run.run_id):
+    if url := platform_link(settings, run):
         fields["platform_url"] = url
     return RunOut.model_validate(fields)
-
-
-@router.post(
-    "/trigger",
-    summary="Start a workflow",
-    responses=described(400, 401, 404, 413, 502),
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": TriggerIn.model_json_schema()}},
-        }
-    },
-)
-async def trigger(
-    db: Db,
-    happyrobot: CurrentHappyRobot,
-    intake: CurrentIntake,
-    settings: CurrentSettings,
-    body: JsonBody,
-) -> TriggerOut:
-    """Starts a workflow and tracks the runs that HappyRobot names.
-
-    The request is stored before HappyRobot is called, and HappyRobot is called once.
-    """
-    return await start(db, happyrobot, intake, settings, check(TriggerIn, body), body)
-
-
-@router.get(
-    "/status",
-    summary="Ask for a run's status",
-    responses=described(400, 401, 404),
-    response_model_exclude_unset=True,
-)
-async def status(
-    db: Db,
-    happyrobot: CurrentHappyRobot,
-    intake: CurrentIntake,
-    settings: CurrentSettings,
-    run_id: Annotated[Id, Query()],
-) -> StatusOut:
-    """Asks HappyRobot about a run that is not over, and records what it says; the database answers otherwise."""
-    run = await _find(db, run_id)
-    source: Literal["happyrobot", "database"] = "database"
-    if run.status not in FINAL or run.timed_out:
-        word = await happyrobot.run_status(run_id)
-        if word is not None:
-            source = "happyrobot"
-            standing = Standing(RunStatus(run.status), run.timed_out)
-            if advance(standing, word) != standing:
-                # Others may ask at the same moment; the writer sees to it that one of them is recorded.
-                news = NewEvent(run_id, "status", {"status": word.lower()}, word, only_if_it_moves=True)
-                await intake.take(news)
-                run = await _find(db, run_id)
-    fields: dict[str, Any] = {
-        "run_id": run.run_id,
-        "status": run.status.lower(),
-        "name": run.name,
-        "created_at": run.created_at,
-        "updated_at": run.updated_at,
-        "source": source,
-    }
-    if url := platform_url(settings, run_id):
-        fields["platform_url"] = url
-    return StatusOut.model_validate(fields)
 
 
 @router.get(
@@ -190,9 +109,7 @@ async def runs(
 async def run(db: Db, settings: CurrentSettings, run_id: RunId) -> RunOut:
     """One run with its logs, result and error."""
     async with db.connect() as conn:
-        row = await find_run(conn, run_id)
-        if row is None:
-            raise NotFound("Run not found")
+        row = found(await find_run(conn, run_id))
         metadata = await metadata_of(conn, [row])
     return _run_out(settings, row, metadata[run_id])
 
@@ -209,19 +126,11 @@ async def timeline(
     """Everything that happened to a run, oldest first. `Link` leads to what follows, if there is more."""
     async with db.connect() as conn:
         events = await read_events(conn, Scope(run_id=run_id), after=after, limit=limit + 1)
-        if not events and await find_run(conn, run_id) is None:
-            raise NotFound("Run not found")
+        if not events:
+            found(await find_run(conn, run_id))
     if len(events) > limit:
         _link_next(request, response, after=events[limit - 1].id)
     return list(events[:limit])
-
-
-async def _find(db: AsyncEngine, run_id: str) -> Row[Any]:
-    async with db.connect() as conn:
-        run = await find_run(conn, run_id)
-    if run is None:
-        raise NotFound("Run not found")
-    return run
 
 
 def _link_next(request: Request, response: Response, **place: str | int) -> None:

@@ -1,0 +1,33 @@
+"""Redis while it answers, and what a process can do alone while it does not."""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from redis.exceptions import RedisError
+from throttled.exceptions import StoreUnavailableError
+
+log = logging.getLogger(__name__)
+
+_REST = 5.0
+"""Seconds for which a Redis that failed is left alone, so that only one caller in a while waits for it in vain."""
+
+Result = TypeVar("Result")
+
+
+class Breaker:
+    """Decides, call by call, whether Redis is asked."""
+
+    def __init__(self) -> None:
+        self._closed_again_at = 0.0
+
+    async def call(self, shared: Callable[[], Awaitable[Result]], alone: Callable[[], Awaitable[Result]]) -> Result:
+        """What Redis says; what this process says by itself while Redis is away."""
+        if time.monotonic() >= self._closed_again_at:
+            try:
+                return await shared()
+            except (RedisError, StoreUnavailableError, OSError) as error:
+                self._closed_again_at = time.monotonic() + _REST
+                log.warning("Redis is away (%s); this process goes by itself", type(error).__name__)
+        return await alone()

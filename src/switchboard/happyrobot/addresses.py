@@ -1,0 +1,48 @@
+"""HappyRobot's addresses: hooks and their environments, the versions of its API, pages of its platform."""
+
+import re
+from urllib.parse import quote, urlsplit, urlunsplit
+
+_PLATFORM_UI = "https://v2.platform.happyrobot.ai"
+
+PRODUCTION = "production"
+ENVIRONMENTS = (PRODUCTION, "staging", "development")
+
+_VERSION = re.compile(r"/v[12]$")
+_HOOK = re.compile(r"^/hooks/(?:(?P<environment>staging|development)/)?(?P<slug>[^/]+)$")
+
+
+def platform_url(org_slug: str | None, workflow: str | None, run_id: str) -> str | None:
+    """The run's page at HappyRobot, once organisation and workflow are known."""
+    if not org_slug or not workflow:
+        return None
+    return (
+        f"{_PLATFORM_UI}/{quote(org_slug, safe='')}/workflow/{quote(workflow, safe='')}"
+        f"/runs?run_id={quote(run_id, safe='')}"
+    )
+
+
+def api_root(url: str, version: int) -> str:
+    """Where a version of the Platform API begins, given where any of them does.
+
+    An address without a version is somebody's own and serves as it is.
+    """
+    return _VERSION.sub(f"/v{version}", url)
+
+
+def hook_for(url: str, environment: str | None) -> tuple[str, str]:
+    """A hook's address in an environment, and that environment; by default the one that the address names.
+
+    Raises ValueError where the two do not fit together.
+    """
+    parts = urlsplit(url)
+    found = _HOOK.match(parts.path)
+    named = (found["environment"] if found else None) or PRODUCTION
+    if environment in (None, named):
+        return url, named
+    assert environment is not None  # noqa: S101  # for the type checker
+    if found is None:
+        raise ValueError(f"only addresses like …/hooks/SLUG can be put into {environment}")
+    if found["environment"] is not None:
+        raise ValueError(f"the address is of {named}, not of {environment}")
+    return urlunsplit(parts._replace(path=f"/hooks/{environment}/{found['slug']}")), environment

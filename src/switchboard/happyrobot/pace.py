@@ -1,0 +1,74 @@
+"""HappyRobot's pace: how many requests a second the Platform API gets from all processes together."""
+
+import asyncio
+import hashlib
+import random
+import time
+from datetime import timedelta
+from fractions import Fraction
+from typing import Any
+
+from redis.asyncio import Redis
+from throttled.asyncio import Quota, RateLimiterType, Throttled, per_duration, store
+
+from switchboard.breaker import Breaker
+
+_LONGEST_NAP = 1.0
+"""Seconds after which somebody who waits for a turn looks again, at the latest."""
+
+
+class _Backend(store.RedisStoreBackend):
+    """Our connection in place of one that the library would open."""
+
+    def __init__(self, redis: Redis) -> None:
+        super().__init__()
+        self._redis = redis
+
+    def get_client(self) -> Any:
+        return self._redis
+
+
+class _Store(store.RedisStore):
+    def __init__(self, redis: Redis) -> None:
+        super().__init__()
+        self._backend = _Backend(redis)
+
+
+def _quota(pace: float) -> Quota:
+    """One request at a time: no burst, so that no second sees more than the pace."""
+    ratio = Fraction(pace).limit_denominator(60)
+    if ratio == 0:
+        ratio = Fraction(1, 60)
+    return per_duration(timedelta(seconds=ratio.denominator), ratio.numerator, burst=1)
+
+
+class Pace:
+    """Hands out turns, evenly spaced; in Redis for everybody, in this process alone while Redis is away."""
+
+    def __init__(self, redis: Redis, account: str, pace: float) -> None:
+        """`account` is what HappyRobot counts by; only a digest of it leaves this process."""
+        key = hashlib.blake2b(account.encode(), digest_size=12).hexdigest()
+        self._breaker = Breaker()
+        self._shared, self._alone = (
+            Throttled(
+                key=key,
+                using=RateLimiterType.GCRA.value,
+                quota=_quota(pace),
+                store=place,
+                key_prefix="switchboard:pace",
+            )
+            for place in (_Store(redis), store.MemoryStore())
+        )
+
+    async def turn(self, patience: float) -> bool:
+        """Waits for a turn, for `patience` seconds at most; whether there was one."""
+        deadline = time.monotonic() + patience
+        while True:
+            result = await self._breaker.call(self._shared.limit, self._alone.limit)
+            if not result.limited:
+                return True
+            # Spread, so that those who wait do not all come back in the same moment.
+            nap = min(result.state.retry_after, _LONGEST_NAP) + random.uniform(0, 0.02)  # noqa: S311
+            if time.monotonic() + nap > deadline:
+                return False
+            await asyncio.sleep(nap)

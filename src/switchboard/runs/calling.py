@@ -1,0 +1,174 @@
+"""`/api/happyrobot/*`: what a frontend wants from HappyRobot."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Response
+from pydantic import BaseModel, Field
+from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncEngine
+from starlette.requests import HTTPConnection
+
+from switchboard.access import Allowed
+from switchboard.bodies import Id, JsonBody, check
+from switchboard.database import Db
+from switchboard.errors import described
+from switchboard.events import Timestamp
+from switchboard.happyrobot.client import POLL, CurrentHappyRobot
+from switchboard.happyrobot.lookups import CurrentLookups
+from switchboard.happyrobot.records import Recording
+from switchboard.runs.asking import ask
+from switchboard.runs.cancel import Canceler
+from switchboard.runs.details import DetailsOut, details, recordings
+from switchboard.runs.intake import CurrentIntake
+from switchboard.runs.queries import find_run, found, platform_link
+from switchboard.runs.reading import RunId
+from switchboard.runs.status import Standing
+from switchboard.runs.trigger import IdempotencyKey, TriggerIn, TriggerOut, start
+from switchboard.settings import CurrentSettings
+from switchboard.tables import RunStatus
+
+router = APIRouter(prefix="/api/happyrobot", tags=["calls"], dependencies=[Allowed])
+
+
+class StatusOut(BaseModel):
+    """A run's status, in the guide's words."""
+
+    run_id: str
+    status: Literal["pending", "running", "completed", "failed", "canceled"]
+    name: str | None
+    created_at: Timestamp
+    updated_at: Timestamp
+    source: Literal["happyrobot", "database"] = Field(description="Who was asked last.")
+    platform_url: str | None = None
+
+
+class CancelOut(BaseModel):
+    """Where a run stands that is to be stopped."""
+
+    success: Literal[True]
+    run_id: str
+    status: Literal["pending", "running", "completed", "failed", "canceled"] = Field(
+        description="`canceled` once HappyRobot has confirmed it."
+    )
+
+
+class RecordingsOut(BaseModel):
+    """Recordings of a run's sessions."""
+
+    recordings: list[Recording]
+
+
+def _canceler(connection: HTTPConnection) -> Canceler:
+    canceler: Canceler = connection.state.canceler
+    return canceler
+
+
+@router.post(
+    "/trigger",
+    summary="Start a workflow",
+    responses=described(400, 401, 403, 404, 409, 413, 422, 502),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": TriggerIn.model_json_schema()}},
+        }
+    },
+)
+async def trigger(
+    db: Db,
+    happyrobot: CurrentHappyRobot,
+    intake: CurrentIntake,
+    settings: CurrentSettings,
+    body: JsonBody,
+    idempotency_key: IdempotencyKey = None,
+) -> TriggerOut:
+    """Starts a workflow and tracks the runs that HappyRobot names.
+
+    The request is stored before HappyRobot is called, and HappyRobot is called once. With an `Idempotency-Key`, sending
+    the same request again answers what became of the first one: as above, 409 while its call is being placed, 422 if
+    the body is another.
+    """
+    return await start(db, happyrobot, intake, settings, check(TriggerIn, body), body, idempotency_key)
+
+
+@router.get(
+    "/status",
+    summary="Ask for a run's status",
+    responses=described(400, 401, 404),
+    response_model_exclude_unset=True,
+)
+async def status(
+    db: Db,
+    lookups: CurrentLookups,
+    intake: CurrentIntake,
+    settings: CurrentSettings,
+    run_id: Annotated[Id, Query()],
+) -> StatusOut:
+    """Asks HappyRobot about a run that is not over, and records what it says; the database answers otherwise.
+
+    However many ask about a run, HappyRobot is asked once in two seconds. The database also answers when HappyRobot
+    takes longer than that, fails, or has been asked enough for now.
+    """
+    run = await _find(db, run_id)
+    source: Literal["happyrobot", "database"] = "database"
+    standing = Standing(RunStatus(run.status), run.timed_out)
+    if not standing.over or standing.timed_out:
+        answer = await ask(db, lookups, intake, run_id, standing, POLL)
+        if answer.status is not None:
+            source = "happyrobot"
+            run = await _find(db, run_id)
+    fields: dict[str, Any] = {
+        "run_id": run.run_id,
+        "status": run.status.lower(),
+        "name": run.name,
+        "created_at": run.created_at,
+        "updated_at": run.updated_at,
+        "source": source,
+    }
+    if url := platform_link(settings, run):
+        fields["platform_url"] = url
+    return StatusOut.model_validate(fields)
+
+
+@router.get(
+    "/runs/{run_id}/details",
+    summary="Read HappyRobot's record of a run",
+    responses=described(400, 401, 404, 409),
+)
+async def read_details(db: Db, happyrobot: CurrentHappyRobot, run_id: RunId) -> DetailsOut:
+    """Sessions with their transcripts, outputs, issues, version and recordings, as HappyRobot has them.
+
+    The record of a run that is over is kept, and outlives HappyRobot's; links to recordings are made for each answer.
+    """
+    await _find(db, run_id)
+    return await details(db, happyrobot, run_id)
+
+
+@router.get(
+    "/runs/{run_id}/recordings",
+    summary="Get links to a run's recordings",
+    responses=described(400, 401, 404, 409),
+)
+async def read_recordings(db: Db, happyrobot: CurrentHappyRobot, run_id: RunId) -> RecordingsOut:
+    """Links that HappyRobot has signed for this answer. They expire, by default after a day."""
+    await _find(db, run_id)
+    return RecordingsOut(recordings=await recordings(happyrobot, run_id))
+
+
+@router.post(
+    "/runs/{run_id}/cancel",
+    summary="Stop a run",
+    responses=described(400, 401, 404, 409, 502)
+    | {202: {"model": CancelOut, "description": "The wish is recorded; HappyRobot has not confirmed it yet."}},
+)
+async def cancel(run_id: RunId, response: Response, canceler: Annotated[Canceler, Depends(_canceler)]) -> CancelOut:
+    """Asks HappyRobot to stop a run. 200 once it has; 202 while it has not, and it is asked again in the background."""
+    now = await canceler.cancel(run_id)
+    if now is not RunStatus.CANCELED:
+        response.status_code = 202
+    return CancelOut.model_validate({"success": True, "run_id": run_id, "status": now.lower()})
+
+
+async def _find(db: AsyncEngine, run_id: str) -> Row[Any]:
+    async with db.connect() as conn:
+        return found(await find_run(conn, run_id))

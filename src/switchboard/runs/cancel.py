@@ -1,0 +1,98 @@
+"""Stopping a run: the wish is recorded, HappyRobot is asked, and the run is canceled when HappyRobot says so."""
+
+import logging
+from uuid import NAMESPACE_OID, uuid5
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from switchboard.errors import Conflict, NotConfigured, UpstreamFailed
+from switchboard.events import NewEvent
+from switchboard.happyrobot.client import BACKGROUND, READ, Effort, HappyRobot, NoAnswer, Refused
+from switchboard.happyrobot.lookups import Lookups
+from switchboard.happyrobot.payloads import platform_status
+from switchboard.jobs import CANCEL, Job
+from switchboard.runs.asking import ask
+from switchboard.runs.intake import Intake
+from switchboard.runs.queries import find_run, found
+from switchboard.runs.status import Standing
+from switchboard.tables import RunStatus
+
+log = logging.getLogger(__name__)
+
+_AGAIN_AFTER = 15.0
+_LONGEST_PAUSE = 300.0
+_ATTEMPTS = 12
+"""Seconds between requests that HappyRobot did not answer, doubled each time, and how many there are."""
+
+
+class Canceler:
+    """Asks HappyRobot to stop runs."""
+
+    def __init__(self, db: AsyncEngine, happyrobot: HappyRobot, lookups: Lookups, intake: Intake) -> None:
+        self._db = db
+        self._happyrobot = happyrobot
+        self._lookups = lookups
+        self._intake = intake
+
+    async def cancel(self, run_id: str) -> RunStatus:
+        """Records the wish and asks HappyRobot; returns where the run stands then.
+
+        A run that is not CANCELED then is asked for again in the background. Raises NotFound, Conflict for a run that
+        is over, UpstreamFailed where HappyRobot refuses.
+        """
+        self._refuse_if_over(await self._standing(run_id))
+        if not self._happyrobot.can_be_asked:
+            raise NotConfigured("HAPPYROBOT_API_KEY is not set")
+        await self._intake.take(
+            NewEvent(
+                run_id,
+                "cancel_requested",
+                # Wished for once, however often the button is pressed.
+                dedupe_key=uuid5(NAMESPACE_OID, f"switchboard cancel {run_id}"),
+                then=Job(CANCEL, run_id, _AGAIN_AFTER),
+            )
+        )
+        try:
+            await self._ask(run_id, READ)
+        except NoAnswer as error:
+            log.warning("run %s is to be canceled, but %s; it will be asked again", run_id, error)
+        except Refused as error:
+            # Most likely it has ended in the meantime.
+            standing = await self._standing(run_id)
+            await ask(self._db, self._lookups, self._intake, run_id, standing, READ, anew=True)
+            self._refuse_if_over(await self._standing(run_id))
+            raise UpstreamFailed("HappyRobot refused to cancel the run", detail=str(error)) from error
+        return (await self._standing(run_id)).status
+
+    async def again(self, run_id: str, attempt: int) -> float | None:
+        """Asks once more; seconds until the next attempt, None when there is no use in one."""
+        async with self._db.connect() as conn:
+            run = await find_run(conn, run_id)
+        if run is None or Standing(RunStatus(run.status), run.timed_out).over or attempt >= _ATTEMPTS:
+            return None
+        try:
+            await self._ask(run_id, BACKGROUND)
+        except NoAnswer:
+            return min(_AGAIN_AFTER * float(2**attempt), _LONGEST_PAUSE)
+        except Refused as error:
+            log.warning("run %s cannot be canceled: %s", run_id, error)
+        return None
+
+    async def _ask(self, run_id: str, effort: Effort) -> None:
+        word = platform_status(await self._happyrobot.cancel(run_id, effort))
+        if word is RunStatus.CANCELED:
+            data = {"reason": "cancel_requested"}
+            await self._intake.take(NewEvent(run_id, "canceled", data, word, only_if_it_moves=True))
+        else:
+            # It was heard; what came of it, the run itself says.
+            await ask(self._db, self._lookups, self._intake, run_id, await self._standing(run_id), effort, anew=True)
+
+    async def _standing(self, run_id: str) -> Standing:
+        async with self._db.connect() as conn:
+            run = found(await find_run(conn, run_id))
+        return Standing(RunStatus(run.status), run.timed_out)
+
+    @staticmethod
+    def _refuse_if_over(standing: Standing) -> None:
+        if standing.over and not standing.timed_out:
+            raise Conflict(f"Run is already {standing.status.lower()}", status=standing.status.lower())

@@ -1,0 +1,77 @@
+"""The parts that requests and background jobs share, connected to each other and to the outside."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TypedDict
+
+import httpx
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ConstantBackoff, NoBackoff
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from switchboard import database
+from switchboard.happyrobot.client import HappyRobot
+from switchboard.happyrobot.lookups import Lookups
+from switchboard.live.announcer import Announcer
+from switchboard.live.channel import Channel
+from switchboard.live.hub import Hub
+from switchboard.runs.cancel import Canceler
+from switchboard.runs.intake import Intake
+from switchboard.settings import Settings
+
+
+class State(TypedDict):
+    """The parts, under the names that the requests' dependencies look for."""
+
+    settings: Settings
+    db: AsyncEngine
+    happyrobot: HappyRobot
+    lookups: Lookups
+    canceler: Canceler
+    hub: Hub
+    intake: Intake
+
+
+def addresses(settings: Settings) -> tuple[str, str]:
+    """Those of PostgreSQL and Redis, which must be known by now."""
+    if settings.database_url is None or settings.redis_url is None:
+        raise ValueError("DATABASE_URL and REDIS_URL are needed; `switchboard serve` brings its own servers")
+    return settings.database_url.get_secret_value(), settings.redis_url.get_secret_value()
+
+
+@asynccontextmanager
+async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | None = None) -> AsyncIterator[State]:
+    """Opens the parts, and closes them in order; `upstream` takes the place of the network to HappyRobot."""
+    database_url, redis_url = addresses(settings)
+    async with AsyncExitStack() as stack:
+
+        def redis(retry: Retry, timeout: float | None) -> Redis:
+            client = Redis.from_url(redis_url, socket_timeout=timeout, socket_connect_timeout=timeout or 2, retry=retry)
+            stack.push_async_callback(client.aclose)
+            return client
+
+        db = database.connect(database_url)
+        stack.push_async_callback(db.dispose)
+        # One retry: the pool may hold a connection that a restart of Redis has cut.
+        once_more = Retry(ConstantBackoff(0.05), 1)
+        # Requests wait for it, and can do without.
+        shared = redis(once_more, timeout=0.5)
+        happyrobot = HappyRobot(settings, shared, upstream)
+        stack.push_async_callback(happyrobot.aclose)
+        lookups = Lookups(settings, happyrobot, shared)
+        channel = Channel(db)
+        # A subscription is silent for as long as nothing happens, so reading from it has no time limit.
+        hub = await stack.enter_async_context(Hub(db, redis(Retry(NoBackoff(), 0), None), channel).running())
+        announcer = await stack.enter_async_context(Announcer(redis(once_more, 2), channel, hub.look).running())
+        intake = Intake(db, announcer, reconcile_after=settings.reconcile_after)
+        await stack.enter_async_context(intake.running())
+        yield State(
+            settings=settings,
+            db=db,
+            happyrobot=happyrobot,
+            lookups=lookups,
+            canceler=Canceler(db, happyrobot, lookups, intake),
+            hub=hub,
+            intake=intake,
+        )

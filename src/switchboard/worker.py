@@ -1,0 +1,136 @@
+"""The background jobs: any number of workers, in the service's processes or in their own."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+
+import asyncpg
+from pgqueuer import Job as Picked
+from pgqueuer import PgQueuer, RetryRequested
+from pgqueuer.adapters.drivers.asyncpg import AsyncpgPoolDriver
+from pgqueuer.models import Schedule
+
+from switchboard import jobs
+from switchboard.database import dsn
+from switchboard.errors import will_pass
+from switchboard.runs.reconcile import Reconciler
+from switchboard.runs.sweep import sweep
+from switchboard.settings import Settings
+from switchboard.wiring import State, addresses, connected
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY = timedelta(seconds=2)
+"""Between looks for jobs that no notification announced: behind a pooler there may be none."""
+
+_BATCH, _AT_ONCE = 10, 40
+"""Jobs that a worker picks in one go, and that it has under way."""
+
+_AFTER_TROUBLE = 10.0
+"""Seconds until a job that failed is tried again."""
+
+_RESTART_AFTER = 2.0
+"""Seconds until a worker that lost PostgreSQL looks for it again."""
+
+Work = Callable[[str, int], Awaitable[float | None]]
+"""Does a job, given its subject and how often it was tried; returns the seconds until it is to be done again."""
+
+
+@contextlib.asynccontextmanager
+async def working(state: State) -> AsyncIterator[None]:
+    """Does background jobs until the block ends; those that are under way then are left to others."""
+    stopping = asyncio.Event()
+    task = asyncio.create_task(_Worker(state, stopping).run())
+    try:
+        yield
+    finally:
+        stopping.set()
+        await task
+
+
+async def work(settings: Settings) -> None:
+    """Does background jobs until the process is told to leave."""
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, told.set)
+    async with connected(settings) as state, working(state):
+        await told.wait()
+
+
+class _Worker:
+    def __init__(self, state: State, stopping: asyncio.Event) -> None:
+        self._state = state
+        self._stopping = stopping
+        reconciler = Reconciler(state["settings"], state["db"], state["happyrobot"], state["lookups"], state["intake"])
+        self._work: dict[str, Work] = {
+            jobs.RECONCILE: lambda run_id, _: reconciler.reconcile(run_id),
+            jobs.CHECK: lambda run_id, _: reconciler.check(run_id),
+            jobs.CANCEL: state["canceler"].again,
+        }
+
+    async def run(self) -> None:
+        """Works until it is told to stop, whatever becomes of PostgreSQL in the meantime."""
+        while not self._stopping.is_set():
+            try:
+                await self._serve_queue()
+            except Exception as error:  # noqa: BLE001  # nobody waits for this task; it must outlive what goes wrong
+                log.warning("background work pauses (%s: %s)", type(error).__name__, error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), _RESTART_AFTER)
+
+    async def _serve_queue(self) -> None:
+        database_url, _ = addresses(self._state["settings"])
+        async with asyncpg.create_pool(
+            dsn(database_url), min_size=1, max_size=4, timeout=5, command_timeout=10
+        ) as pool:
+            driver = AsyncpgPoolDriver(pool)
+            queue = PgQueuer(driver, jobs.NAMES.channel, queries=jobs.queries(driver))
+            for entrypoint, work in self._work.items():
+                queue.entrypoint(entrypoint, accepts_context=False)(self._handler(work))
+            queue.schedule("sweep", "* * * * *", accepts_context=False)(self._sweep)
+            # What a process that was killed has left behind is put in order at the next start.
+            await self._sweep()
+            running = asyncio.create_task(
+                queue.run(dequeue_timeout=_LOOK_EVERY, batch_size=_BATCH, max_concurrent_tasks=_AT_ONCE)
+            )
+            stopped = asyncio.create_task(self._stopping.wait())
+            await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+            queue.shutdown.set()
+            await running
+
+    async def _sweep(self, _: Schedule | None = None) -> None:
+        state = self._state
+        await sweep(state["db"], state["intake"], state["settings"].reconcile_after)
+
+    def _handler(self, work: Work) -> Callable[[Picked], Awaitable[None]]:
+        async def handle(job: Picked) -> None:
+            again = await self._unless_stopped(job, work)
+            if again is not None:
+                raise RetryRequested(timedelta(seconds=again))
+
+        return handle
+
+    async def _unless_stopped(self, job: Picked, work: Work) -> float | None:
+        subject = (job.payload or b"").decode()
+        doing = asyncio.ensure_future(work(subject, job.attempts))
+        stopped = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({doing, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not doing.done():
+            # Not cancelled by the queue, which would drop the job: the next worker takes it.
+            doing.cancel()
+            await asyncio.wait({doing})
+            return 0.0
+        try:
+            return doing.result()
+        except Exception as error:  # whatever it was, the job stays
+            if will_pass(error):
+                log.warning("job %s %s waits: %s", job.entrypoint, subject, type(error).__name__)
+            else:
+                log.exception("job %s %s failed", job.entrypoint, subject)
+            return _AFTER_TROUBLE
