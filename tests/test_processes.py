@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import __version__, local
 from switchboard.tables import run_events
-from tests.conftest import HOOK_KEY, Servers, insert_run, rows_of
+from tests.conftest import APP_SECRET, HOOK_KEY, Servers, insert_run, new_database, rows_of
 
 HEADERS = {"X-API-KEY": HOOK_KEY}
 
@@ -32,6 +32,7 @@ def environment(database_url: str, servers: Servers) -> Iterator[None]:
         HAPPYROBOT_WEBHOOK_URL="http://127.0.0.1:1/hooks/none",
         APP_URL="http://127.0.0.1:1",
         HAPPYROBOT_X_API_KEY=HOOK_KEY,
+        APP_SECRET=APP_SECRET,
     ):
         yield
 
@@ -122,6 +123,47 @@ async def test_several_workers_share_a_port(environment: None, db: AsyncEngine, 
                 async with asyncio.timeout(10):
                     assert (await anext(events)).json()["data"] == 1
                 await stack.aclose()
+
+
+async def test_a_worker_of_its_own_does_what_a_service_without_one_leaves(
+    environment: None, servers: Servers, template: str, context_id: str
+):
+    async with new_database(servers, template) as url:
+        with local.child("simulate", "--port", "0", "--pace", "0.001") as simulator:
+            elsewhere = local.environment(
+                DATABASE_URL=url,
+                HAPPYROBOT_WEBHOOK_URL=f"{simulator}/hooks/x",
+                HAPPYROBOT_API_URL=f"{simulator}/api/v1",
+                HAPPYROBOT_API_KEY="any",
+                RECONCILE_AFTER="0.5",
+            )
+            with elsewhere, local.child("serve", "--port", "0", "--no-worker") as address:
+                async with client(address) as http:
+                    body = {"context_id": context_id, "simulate": {"faults": "drop_final"}}
+                    answer = await http.post("/api/happyrobot/trigger", json=body)
+                    run_id = answer.json()["run_ids"][0]
+                    async with httpx.AsyncClient(base_url=simulator) as there:
+                        await ended(there, run_id)
+                    assert (await http.get(f"/api/happyrobot/runs/{run_id}")).json()["status"] == "RUNNING"
+                    worker = command("worker")
+                    assert worker.stdout is not None
+                    assert "works in the background" in await asyncio.to_thread(worker.stdout.readline)
+                    async with asyncio.timeout(30):
+                        while (await http.get(f"/api/happyrobot/runs/{run_id}")).json()["status"] != "COMPLETED":  # noqa: ASYNC110  # it is in a database
+                            await asyncio.sleep(0.05)
+                    worker.send_signal(signal.SIGTERM)
+                    code, _, err = await asyncio.to_thread(finish, worker)
+                    assert (code, err) == (0, "")
+
+
+async def ended(simulator: httpx.AsyncClient, run_id: str) -> None:
+    headers = {"Authorization": "Bearer any"}
+    async with asyncio.timeout(30):
+        while True:
+            answer = await simulator.get(f"/api/v1/runs/{run_id}", headers=headers)
+            if answer.json()["run"]["status"] == "completed":
+                return
+            await asyncio.sleep(0.02)
 
 
 async def stack_stream(address: str, context_id: str) -> tuple[contextlib.AsyncExitStack, Any]:

@@ -434,6 +434,32 @@ async def test_200_runs_without_an_end_reach_it_within_the_pace_and_one_worker_a
     assert all(later - earlier > 0.9 for earlier, later in zip(moments, moments[pace:], strict=False))
 
 
+async def test_a_run_whose_session_has_ended_is_asked_about_at_once(
+    own_database: str, servers: Servers, context_id: str
+):
+    simulator = Simulator(hook_key=HOOK_KEY, api_key=API_KEY, pace=0.001)
+    async with serving(lambda _: simulator.app) as (url, _):
+        settings = settings_for(own_database, servers.redis_url, url, reconcile_after=600)
+        async with running_service(settings, worker=True) as service:
+            body = {"context_id": context_id, "simulate": {"outcome": "failed", "faults": "drop_final"}}
+            run_id = (await service.http.post("/api/happyrobot/trigger", json=body)).json()["run_ids"][0]
+            await simulator.settled()
+            assert (await status_of(service.state["db"], run_id)).status == "RUNNING"
+            event = {
+                "specversion": "1.0",
+                "id": "1",
+                "type": "session.status_changed",
+                "data": {"run_id": run_id, "status": {"previous": "in-progress", "current": "completed"}},
+            }
+            headers = {"X-API-KEY": HOOK_KEY}
+            assert (await service.http.post("/api/webhooks/happyrobot", json=event, headers=headers)).status_code == 200
+
+            async def over() -> bool:
+                return bool((await status_of(service.state["db"], run_id)).status == "FAILED")
+
+            await until(over, within=30)
+
+
 async def test_a_worker_survives_the_loss_of_its_connections(own_database: str, servers: Servers, context_id: str):
     simulator = Simulator(hook_key=HOOK_KEY, api_key=API_KEY, pace=0.001)
     async with serving(lambda _: simulator.app) as (url, _):

@@ -59,7 +59,7 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
         shared = redis(once_more, timeout=0.5)
         happyrobot = HappyRobot(settings, shared, upstream)
         stack.push_async_callback(happyrobot.aclose)
-        lookups = Lookups(settings, happyrobot, shared)
+        lookups = await stack.enter_async_context(Lookups(settings, happyrobot, shared).running())
         channel = Channel(db)
         # A subscription is silent for as long as nothing happens, so reading from it has no time limit.
         hub = await stack.enter_async_context(Hub(db, redis(Retry(NoBackoff(), 0), None), channel).running())

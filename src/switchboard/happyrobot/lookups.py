@@ -1,10 +1,12 @@
 """Asking where a run stands: everybody who wants to know at the same time shares one request to HappyRobot."""
 
 import asyncio
+import contextlib
 import hashlib
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
 from fastapi import Depends
 from redis.asyncio import Redis
@@ -59,6 +61,17 @@ class Lookups:
         self._prefix = f"switchboard:status:{host}:"
         self._asking: dict[str, asyncio.Task[_Shared]] = {}
         self._recent: dict[str, _Shared] = {}
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Self]:
+        """Answers until the block ends; whoever waits then is told nothing more."""
+        try:
+            yield self
+        finally:
+            asking = list(self._asking.values())
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
 
     async def ask(self, run_id: str, effort: Effort, *, anew: bool = False) -> Answer:
         """What HappyRobot says about a run: a shared answer, or with `anew` one that it gives from now on."""
