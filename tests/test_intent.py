@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
@@ -17,11 +17,14 @@ from sqlalchemy import select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import local
+from switchboard.events import NewEvent
 from switchboard.happyrobot import client
 from switchboard.happyrobot.client import NotSent, Refused, Unknown, _certainly_not_started, _seconds
 from switchboard.happyrobot.simulator import Simulator
+from switchboard.runs.ingest import write
+from switchboard.runs.sorting import Unconfirmed
 from switchboard.runs.sweep import sweep
-from switchboard.tables import executions, run_events
+from switchboard.tables import ExecutionStatus, RunStatus, executions, run_events
 from tests.conftest import (
     API_KEY,
     APP_SECRET,
@@ -346,6 +349,20 @@ async def test_a_refused_trigger_whose_call_was_placed_all_the_same_is_adopted_t
         await service.callback(f"run_{context_id}", "completed", {"ok": True}, execution_id=execution_id)
         found = await execution(db, execution_id)
     assert (found.status, found.error) == ("completed", None)
+
+
+async def test_an_execution_and_its_callback_that_are_written_in_one_go_find_each_other(
+    service: Service, db: AsyncEngine, context_id: str
+):
+    for number, turned in enumerate((False, True)):
+        abandoned = await pending(db, context_id, "1 minute")
+        run_id = f"run_{number}_{context_id}"
+        lost = Unconfirmed(UUID(abandoned), ExecutionStatus.SUBMISSION_UNKNOWN, "?")
+        echo = NewEvent(run_id, "completed", "done", RunStatus.COMPLETED, "done", execution_id=abandoned)
+        async with db.begin() as conn:
+            written = await write(conn, [lost, echo] if turned else [echo, lost])
+        assert {type(outcome).__name__ for outcome in written.outcomes} == {"Noted", "Recorded"}
+        assert (await service.run(run_id))["status"] == "COMPLETED"
 
 
 @pytest.mark.parametrize("echo", ["6f1e1b0e-5f5b-4a7e-9d6e-0d3a4c9b2f11", "no uuid", ""])

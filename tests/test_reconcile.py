@@ -224,11 +224,12 @@ async def test_silence_on_all_sides_is_a_timeout_that_keeps_what_is_known(
         assert "error" not in run["metadata"]
 
 
+@pytest.mark.parametrize("word", ["running", "scheduled", "a word that we do not know"])
 async def test_a_run_that_happyrobot_still_knows_is_never_timed_out(
-    database_url: str, servers: Servers, db: AsyncEngine, run_id: str
+    database_url: str, servers: Servers, db: AsyncEngine, run_id: str, word: str
 ):
     router = respx.MockRouter()
-    platform(router, run_id).mock(return_value=says("running"))
+    platform(router, run_id).mock(return_value=says(word))
     async with asked(router, database_url, servers) as service:
         await silence(db, run_id, 100_000)
         pause = await reconciler_of(service).reconcile(run_id)

@@ -131,6 +131,7 @@ class HappyRobot:
         account = f"{settings.happyrobot_api_url} {organisation} {key.get_secret_value() if key else ''}"
         self._pace = Pace(redis, account, settings.happyrobot_api_pace)
         self._background = asyncio.Lock()
+        self._key_refused = False
 
         def client(timeout: float, keep: int) -> httpx.AsyncClient:
             return httpx.AsyncClient(
@@ -290,9 +291,11 @@ class HappyRobot:
         status = response.status_code
         if status == httpx.codes.NOT_FOUND:
             raise NotKnown("HappyRobot has no record of this run")
-        if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-            log.warning("HappyRobot refuses HAPPYROBOT_API_KEY (%s); is it of this region and organisation?", status)
-        elif method == "POST" and response.is_client_error and status not in _WORTH_ANOTHER_TRY:
+        refused = status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
+        if refused and not self._key_refused:
+            log.error("HappyRobot refuses HAPPYROBOT_API_KEY (%s); is it of this region and organisation?", status)
+        self._key_refused = refused  # said once, until it is good again
+        if method == "POST" and response.is_client_error and not refused and status not in _WORTH_ANOTHER_TRY:
             raise Refused(status)
         if not response.is_success:
             raise NoAnswer(f"HappyRobot answered {status}")

@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Self
 
 from fastapi import Depends
@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from starlette.requests import HTTPConnection
 
 from switchboard.breaker import Breaker
-from switchboard.happyrobot.client import BACKGROUND, Effort, HappyRobot, NoAnswer, NoTurn
+from switchboard.happyrobot.client import BACKGROUND, POLL, Effort, HappyRobot, NoAnswer, NoTurn
 from switchboard.happyrobot.records import RunRecord
 from switchboard.settings import Settings
 from switchboard.tables import RunStatus
@@ -21,13 +21,11 @@ from switchboard.tables import RunStatus
 SHARED_FOR = 2.0
 """Seconds for which an answer serves all who ask about its run, counted from when it was asked for."""
 
-_GIVE_UP_AFTER = 5.0
-"""Seconds after which a request that somebody else has begun counts as lost."""
-
 _LOOK_EVERY = 0.05
 """Seconds between looks for an answer that another process is waiting for."""
 
-_UNDER_WAY, _NOTHING = b"?", b"-"
+_UNDER_WAY, _NOTHING, _UNCLEAR = b"?", b"-", b"!"
+"""What stands in Redis in place of a status: an answer is awaited; there was none; it had a word that nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +39,8 @@ class Answer:
     """Whether this is the one who asked; the others share the answer."""
     asked: bool = True
     """Whether HappyRobot was asked at all: it is not while its pace is used up."""
+    heard: bool = False
+    """Whether it spoke of the run, if only in a word that we do not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +98,17 @@ class Lookups:
             done.exception()  # whoever waits has it
 
     async def _ask(self, run_id: str, effort: Effort, *, anew: bool) -> _Shared:
+        if anew:
+            await self._outwait(run_id)
         if effort is BACKGROUND:
             # It may wait long for its turn, and holds up nobody who asks about the same run meanwhile.
             try:
                 await self._happyrobot.turn(effort)
             except NoTurn:
                 return _Shared(Answer(asked=False), 0)
-        while not await self._breaker.call(lambda: self._claim(run_id), lambda: self._claim_alone(run_id)):
-            theirs = await self._breaker.call(lambda: self._theirs(run_id, effort), self._nothing)
-            if not anew:
-                return theirs
-            await asyncio.sleep(_LOOK_EVERY)
+        mine = await self._breaker.call(lambda: self._claim(run_id, effort), lambda: self._claim_alone(run_id))
+        if not mine:
+            return await self._breaker.call(lambda: self._theirs(run_id, effort), self._nothing)
         shared = await self._upstream(run_id, effort)
         self._remember(run_id, shared)
         await self._breaker.call(lambda: self._tell(run_id, shared), self._told_nobody)
@@ -127,19 +127,38 @@ class Lookups:
         except NoAnswer:
             return _Shared(Answer(), started + SHARED_FOR)
         whole = None if self._happyrobot.reads_v2 else record
-        return _Shared(Answer(record.run_status, whole, mine=True), asked_at + SHARED_FOR)
+        return _Shared(Answer(record.run_status, whole, mine=True, heard=True), asked_at + SHARED_FOR)
 
     def _remember(self, run_id: str, shared: _Shared) -> None:
         now = time.monotonic()
         for stale in [known for known, answer in self._recent.items() if answer.until <= now]:
             del self._recent[stale]
         # Only the status is for others: whoever keeps records has been given this one.
-        self._recent[run_id] = _Shared(Answer(shared.answer.status, asked=shared.answer.asked), shared.until)
+        answer = replace(shared.answer, record=None, mine=False)
+        self._recent[run_id] = _Shared(answer, shared.until)
 
     # What the processes tell each other, in Redis.
 
-    async def _claim(self, run_id: str) -> bool:
-        return bool(await self._redis.set(self._prefix + run_id, _UNDER_WAY, nx=True, px=round(_GIVE_UP_AFTER * 1000)))
+    async def _outwait(self, run_id: str) -> None:
+        """Waits until an answer from before now serves nobody any more, or somebody has begun to ask for a new one."""
+        deadline = time.monotonic() + SHARED_FOR + POLL.timeout
+        while time.monotonic() < deadline:
+            left = await self._breaker.call(lambda: self._left(run_id), lambda: self._left_alone(run_id))
+            if left <= 0:
+                return
+            await asyncio.sleep(min(left, 5 * _LOOK_EVERY))
+
+    async def _left(self, run_id: str) -> float:
+        return float(await self._redis.pttl(self._prefix + run_id)) / 1000
+
+    async def _left_alone(self, run_id: str) -> float:
+        recent = self._fresh(run_id)
+        return recent.until - time.monotonic() if recent is not None else 0
+
+    async def _claim(self, run_id: str, effort: Effort) -> bool:
+        # For as long as the request may take: should this process be killed, others go without an answer until then.
+        longest = effort.timeout if effort is BACKGROUND else effort.patience + effort.timeout
+        return bool(await self._redis.set(self._prefix + run_id, _UNDER_WAY, nx=True, px=round((longest + 1) * 1000)))
 
     async def _claim_alone(self, run_id: str) -> bool:
         return self._fresh(run_id) is None
@@ -155,8 +174,9 @@ class Lookups:
             if said is None:
                 break
             if said != _UNDER_WAY:
-                status = None if said == _NOTHING else RunStatus(said.decode())
-                shared = _Shared(Answer(status), time.monotonic() + max(left, 0) / 1000)
+                status = None if said in (_NOTHING, _UNCLEAR) else RunStatus(said.decode())
+                answer = Answer(status, heard=said != _NOTHING)
+                shared = _Shared(answer, time.monotonic() + max(left, 0) / 1000)
                 self._remember(run_id, shared)
                 return shared
             await asyncio.sleep(_LOOK_EVERY)
@@ -170,11 +190,16 @@ class Lookups:
             await self._redis.delete(self._prefix + run_id)
             return
         left = max(1, round((shared.until - time.monotonic()) * 1000))
-        said = _NOTHING if shared.answer.status is None else shared.answer.status.encode()
-        await self._redis.set(self._prefix + run_id, said, px=left)
+        await self._redis.set(self._prefix + run_id, _said(shared.answer), px=left)
 
     async def _told_nobody(self) -> None:
         pass
+
+
+def _said(answer: Answer) -> bytes:
+    if answer.status is not None:
+        return answer.status.encode()
+    return _UNCLEAR if answer.heard else _NOTHING
 
 
 def _lookups(connection: HTTPConnection) -> Lookups:

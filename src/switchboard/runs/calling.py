@@ -22,7 +22,7 @@ from switchboard.runs.details import DetailsOut, details, recordings
 from switchboard.runs.intake import CurrentIntake
 from switchboard.runs.queries import find_run, found, platform_link
 from switchboard.runs.reading import RunId
-from switchboard.runs.status import Standing
+from switchboard.runs.status import Standing, advance
 from switchboard.runs.trigger import IdempotencyKey, TriggerIn, TriggerOut, start
 from switchboard.settings import CurrentSettings
 from switchboard.tables import RunStatus
@@ -116,7 +116,8 @@ async def status(
         answer = await ask(db, lookups, intake, run_id, standing, POLL)
         if answer.status is not None:
             source = "happyrobot"
-            run = await _find(db, run_id)
+            if advance(standing, answer.status) != standing:
+                run = await _find(db, run_id)
     fields: dict[str, Any] = {
         "run_id": run.run_id,
         "status": run.status.lower(),

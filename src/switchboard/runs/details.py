@@ -7,7 +7,7 @@ from pydantic import Field
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard.errors import NotConfigured, NotFound, Unavailable
-from switchboard.happyrobot.client import READ, HappyRobot, NoAnswer, NoKey, NotKnown
+from switchboard.happyrobot.client import POLL, READ, Effort, HappyRobot, NoAnswer, NoKey, NotKnown
 from switchboard.happyrobot.records import Recording, RunRecord
 from switchboard.runs import archive
 
@@ -32,9 +32,10 @@ async def details(db: AsyncEngine, happyrobot: HappyRobot, run_id: str) -> Detai
     async with db.connect() as conn:
         kept = await archive.kept(conn, run_id)
     if kept is not None:
-        links = await _recordings_if_possible(happyrobot, run_id)
+        # What matters is here: nobody waits long for the rest.
+        links = await _recordings_if_possible(happyrobot, run_id, POLL)
         return DetailsOut(**dict(kept), run_id=run_id, source="database", recordings=links)
-    record, links = await asyncio.gather(_asked(happyrobot, run_id), _recordings_if_possible(happyrobot, run_id))
+    record, links = await asyncio.gather(_asked(happyrobot, run_id), _recordings_if_possible(happyrobot, run_id, READ))
     if isinstance(record, NoAnswer):
         raise _said(record)
     if record.over:
@@ -50,9 +51,9 @@ async def recordings(happyrobot: HappyRobot, run_id: str) -> list[Recording]:
         raise _said(error) from error
 
 
-async def _recordings_if_possible(happyrobot: HappyRobot, run_id: str) -> list[Recording] | None:
+async def _recordings_if_possible(happyrobot: HappyRobot, run_id: str, effort: Effort) -> list[Recording] | None:
     try:
-        return await happyrobot.recordings(run_id, READ)
+        return await happyrobot.recordings(run_id, effort)
     except NoAnswer:
         return None
 

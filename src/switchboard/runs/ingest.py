@@ -79,8 +79,9 @@ async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after:
     await _load_newest_events(conn, [runs[event.run_id] for event in events if _depends(event, runs)])
     starts = [
         *(item for item in news if isinstance(item, NewRuns)),
-        *await _adopt(conn, [event for event in events if event.run_id not in runs]),
         *await _note(conn, [item for item in news if isinstance(item, Unconfirmed)]),
+        # After it: an execution that is missing its runs since just now may be named by what came with it.
+        *await _adopt(conn, [event for event in events if event.run_id not in runs]),
     ]
     beginnings = [event for start in starts for event in await _insert_runs(conn, start)]
     if starts:
@@ -115,7 +116,7 @@ async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after:
                 outcomes.append(Registered())
             case Unconfirmed():
                 named = (start.run_ids for start in starts if start.execution_id == item.execution_id)
-                outcomes.append(Noted([run_id for run_ids in named for run_id in run_ids]))
+                outcomes.append(Noted(list(dict.fromkeys(run_id for run_ids in named for run_id in run_ids))))
             case NewEvent():
                 verdict = next(verdicts)
                 outcomes.append(Recorded(written[verdict]) if isinstance(verdict, int) else verdict)

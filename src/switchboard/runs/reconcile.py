@@ -139,13 +139,13 @@ class Reconciler:
     async def _look(self, run_id: str, watch: Watch, *, anew: bool) -> float | None:
         if watch.standing.over and not watch.standing.timed_out:
             return await self._fetch_record(run_id, watch)
-        asked = False
+        heard = False
         if self._happyrobot.can_be_asked:
             answer = await ask(self._db, self._lookups, self._intake, run_id, watch.standing, BACKGROUND, anew=anew)
             if not answer.asked:
                 return _NO_TURN_PAUSE
-            asked = answer.status is not None
-        if not asked and self._patience.is_stale(watch):
+            heard = answer.heard
+        if not heard and self._patience.is_stale(watch):
             await self._time_out(run_id, watch)
         after = await _watch(self._db, run_id)
         if after is None or (pause := self._patience.pause(after)) is None:
