@@ -438,27 +438,23 @@ async def test_200_runs_without_an_end_reach_it_within_the_pace_and_one_worker_a
 async def test_a_run_whose_session_has_ended_is_asked_about_at_once(
     own_database: str, servers: Servers, context_id: str
 ):
-    simulator = Simulator(hook_key=HOOK_KEY, api_key=API_KEY, pace=0.001)
+    simulator = Simulator(hook_key=HOOK_KEY, api_key=API_KEY, pace=0.05)
     async with serving(lambda _: simulator.app) as (url, _):
         settings = settings_for(own_database, servers.redis_url, url, reconcile_after=600)
         async with running_service(settings, worker=True) as service:
-            body = {"context_id": context_id, "simulate": {"outcome": "failed", "faults": "drop_final"}}
+            simulate = {"outcome": "failed", "faults": "drop_final", "cloud_events": True}
+            body = {"context_id": context_id, "simulate": simulate}
             run_id = (await service.http.post("/api/happyrobot/trigger", json=body)).json()["run_ids"][0]
-            await simulator.settled()
-            assert (await status_of(service.state["db"], run_id)).status == "RUNNING"
-            event = {
-                "specversion": "1.0",
-                "id": "1",
-                "type": "session.status_changed",
-                "data": {"run_id": run_id, "status": {"previous": "in-progress", "current": "completed"}},
-            }
-            headers = {"X-API-KEY": HOOK_KEY}
-            assert (await service.http.post("/api/webhooks/happyrobot", json=event, headers=headers)).status_code == 200
 
             async def over() -> bool:
                 return bool((await status_of(service.state["db"], run_id)).status == "FAILED")
 
             await until(over, within=30)
+            timeline = (await service.http.get(f"/api/happyrobot/runs/{run_id}/events")).json()
+    kinds = [event["event_type"] for event in timeline]
+    assert kinds.count("session.status_changed") == 2
+    assert kinds[-2:] == ["session.status_changed", "status"]
+    assert timeline[-2]["status"] == "RUNNING", "the end of a session is not the end of its run"
 
 
 async def test_a_worker_survives_the_loss_of_its_connections(own_database: str, servers: Servers, context_id: str):

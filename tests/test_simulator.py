@@ -6,7 +6,7 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -823,3 +823,83 @@ async def test_closing_ends_every_story() -> None:
         await asyncio.wait_for(simulator.aclose(), 5)
         assert simulator.runs[run_id].status == "scheduled"
         await simulator.aclose()  # a second time changes nothing
+
+
+# CloudEvents
+
+
+@pytest.mark.parametrize(("outcome", "said"), [("completed", "completed"), ("failed", "failed")])
+async def test_cloud_events_tell_of_the_session_beside_the_callbacks(outcome: str, said: str) -> None:
+    async with simulated(receiver := Receiver(), api_key="k") as (simulator, client):
+        [run_id] = await trigger(client, simulate={"cloud_events": True, "outcome": outcome})
+        await simulator.settled()
+    events = [event for event in receiver.events if "specversion" in event]
+    assert [event["data"]["status"]["current"] for event in events] == ["in-progress", said]
+    assert {event["type"] for event in events} == {"session.status_changed"}
+    assert {event["data"]["run_id"] for event in events} == {run_id}
+    assert len({event["id"] for event in events}) == 2
+    # The session ends before the run is said to.
+    assert receiver.events.index(events[-1]) == len(receiver.events) - 2
+    kinds = {headers["content-type"] for headers in receiver.headers}
+    assert kinds == {"application/json", "application/cloudevents+json"}
+
+
+async def test_cloud_events_are_sent_twice_by_a_fault_and_not_dropped_with_the_end() -> None:
+    faults = Faults(duplicate=True, drop_final=True)
+    async with simulated(receiver := Receiver(), cloud_events=True, faults=faults) as (simulator, client):
+        await trigger(client)
+        await simulator.settled()
+    told = Counter(event["id"] for event in receiver.events if "specversion" in event)
+    assert list(told.values()) == [2, 2]
+    assert not FINAL & {event.get("event_type") for event in receiver.events}
+
+
+async def test_a_wish_for_cloud_events_is_true_or_false() -> None:
+    async with simulated() as (_, client):
+        answer = await client.post("/hooks/x", json={"simulate": {"cloud_events": "yes"}})
+    assert answer.status_code == 400
+
+
+# Faults of the Platform API
+
+
+async def about(client: httpx.AsyncClient, run_id: str) -> list[int]:
+    paths = [f"/api/v1/runs/{run_id}", f"/api/v1/runs/{run_id}/recordings", f"/api/v2/runs/{run_id}"]
+    return [(await client.get(path)).status_code for path in paths]
+
+
+async def test_the_api_answers_about_a_run_as_it_is_told_to() -> None:
+    async with simulated() as (simulator, client):
+        [run_id] = await trigger(client, simulate={"faults": "api_answer=503"})
+        [other] = await trigger(client)
+        await simulator.settled()
+        assert await about(client, run_id) == [503, 503, 503]
+        assert (await client.post(f"/api/v2/runs/{run_id}/cancel", json={})).status_code == 503
+        assert await about(client, other) == [200, 200, 200]
+
+
+async def test_a_run_that_is_new_is_not_known_for_a_while() -> None:
+    async with simulated() as (simulator, client):
+        [run_id] = await trigger(client, simulate={"faults": {"api_missing": 600}})
+        await simulator.settled()
+        assert await about(client, run_id) == [404, 404, 404]
+        simulator.runs[run_id].created_at -= timedelta(seconds=601)
+        assert await about(client, run_id) == [200, 200, 200]
+
+
+async def test_a_slow_api_answers_in_the_end_and_does_not_hold_up_the_close() -> None:
+    simulator = Simulator(pace=0, transport=httpx.ASGITransport(Receiver()))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(simulator.app), base_url="http://sim.test") as client:
+        [run_id] = await trigger(client, simulate={"faults": "api_delay=600"})
+        waiting = asyncio.create_task(client.get(f"/api/v1/runs/{run_id}"))
+        async with asyncio.timeout(5):
+            while not simulator.requests:  # noqa: ASYNC110  # it tells nobody
+                await asyncio.sleep(0.001)
+            await simulator.aclose()
+            assert (await waiting).status_code == 200
+
+
+@pytest.mark.parametrize("fault", ["api_delay=-1", "api_missing=soon", "api_answer=garbage", "api_answer=200"])
+def test_an_api_fault_that_makes_no_sense_is_refused(fault: str) -> None:
+    with pytest.raises(ValueError, match=fault.split("=", maxsplit=1)[0]):
+        Faults.parse(fault)

@@ -1,9 +1,11 @@
 """The simulated Platform API, v1 and v2."""
 
+import asyncio
 import io
 import secrets
 import wave
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -40,11 +42,13 @@ class PlatformApi:
         api_key: str | None,
         shape: records.Shape,
         cancel: Callable[[Run], None],
+        closing: asyncio.Event,
     ) -> None:
         self.runs = runs
         self.api_key = api_key
         self.shape = shape
         self.cancel = cancel
+        self.closing = closing
         self.requests: list[ApiRequest] = []
 
     @property
@@ -70,9 +74,20 @@ class PlatformApi:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             if not is_key(key if scheme.lower() == "bearer" else None, self.api_key):
                 raise HTTPException(401, "invalid or revoked API key")
+            if (run := self.runs.get(run_id or "")) is not None:
+                await self._go_wrong(run)
             return await endpoint(request)
 
         return guarded
+
+    async def _go_wrong(self, run: Run) -> None:
+        """As the run's faults want it."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.closing.wait(), run.faults.api_delay)
+        if run.faults.api_answer is not None:
+            raise HTTPException(int(run.faults.api_answer), "the simulator was told to answer so")
+        if now() < run.created_at + timedelta(seconds=run.faults.api_missing):
+            raise HTTPException(404, "run not found")
 
     async def list_runs(self, request: Request) -> Response:
         query = request.query_params

@@ -23,7 +23,7 @@ from switchboard.happyrobot.simulator.api import ApiRequest, PlatformApi
 from switchboard.happyrobot.simulator.bodies import is_key, json_object, refusal
 from switchboard.happyrobot.simulator.faults import Faults
 from switchboard.happyrobot.simulator.hook import HOOKS, Broken, Call, Wishes, queued
-from switchboard.happyrobot.simulator.records import Shape
+from switchboard.happyrobot.simulator.records import Shape, session_changed
 from switchboard.happyrobot.simulator.run import Run
 from switchboard.happyrobot.simulator.story import Step, tell
 
@@ -46,6 +46,7 @@ class Simulator:
         api_key: str | None = None,
         pace: float = 0.4,
         faults: Faults = Faults(),  # noqa: B008 -- frozen
+        cloud_events: bool = False,
         shape: Shape = "nested",
         backoff: Sequence[float] = (0.05, 0.15, 0.45),
         transport: httpx.AsyncBaseTransport | None = None,
@@ -54,10 +55,12 @@ class Simulator:
         self.callback_key = callback_key or hook_key
         self.pace = pace  # seconds before each step of a story
         self.faults = faults
+        self.cloud_events = cloud_events  # tell of sessions in this form, too
         self.backoff = backoff  # seconds before each further attempt at a callback
         self.calls: list[Call] = []
         self.runs: dict[str, Run] = {}
-        self._api = PlatformApi(self.runs, api_key=api_key, shape=shape, cancel=cancel)
+        self._closing = asyncio.Event()
+        self._api = PlatformApi(self.runs, api_key=api_key, shape=shape, cancel=cancel, closing=self._closing)
         self._client = httpx.AsyncClient(
             transport=transport,
             timeout=10,
@@ -67,7 +70,6 @@ class Simulator:
         # Hundreds of runs at once take turns here: httpx's own queue for connections gets slow when it is long.
         self._turns = asyncio.Semaphore(MOST_AT_ONCE)
         self._stories: set[asyncio.Task[None]] = set()
-        self._closing = asyncio.Event()
         self.app = Starlette(
             routes=[
                 *(Route(path, partial(self._hook, stage), methods=["POST"]) for path, stage in HOOKS.items()),
@@ -118,7 +120,7 @@ class Simulator:
         if not is_key(request.headers.get("x-api-key"), self.hook_key):
             raise HTTPException(401, "invalid X-API-KEY")
         call.payload = await json_object(request)
-        wishes = Wishes.of(call.payload, self.faults)
+        wishes = Wishes.of(call.payload, self.faults, self.cloud_events)
         faults = wishes.faults
         if faults.answer is not None and faults.answer.isdecimal():
             raise HTTPException(int(faults.answer), "the simulator was told to answer so")
@@ -126,7 +128,10 @@ class Simulator:
             call.status = 200
             return JSONResponse({"status": f"queued 0 parallel sequences, {wishes.runs} failed"})
 
-        runs = [Run(call.slug, call.environment, call.payload, wishes.outcome, faults) for _ in range(wishes.runs)]
+        runs = [
+            Run(call.slug, call.environment, call.payload, wishes.outcome, faults, wishes.cloud_events)
+            for _ in range(wishes.runs)
+        ]
         self.runs |= {run.id: run for run in runs}
         call.run_ids = [run.id for run in runs]
         if faults.call_back_first or faults.hang or faults.disconnect:
@@ -170,12 +175,16 @@ class Simulator:
                 if run.over:
                     break
                 event = run.advance(step)
+                if run.cloud_events and step.event_type != "log":
+                    await self._send(run, session_changed(run), "application/cloudevents+json")
                 if not run.faults.reorder:
                     await self._call_back(run, event)
             if run.faults.reorder:
                 for event in shuffled(run.events):
                     await self._call_back(run, event)
             elif run.canceled.is_set():
+                if run.cloud_events:
+                    await self._send(run, session_changed(run), "application/cloudevents+json")
                 await self._call_back(run, run.events[-1])
         finally:
             run.called_back.set()
@@ -184,19 +193,23 @@ class Simulator:
 
     async def _call_back(self, run: Run, event: dict[str, Any]) -> None:
         final = run.over and event is run.events[-1]
-        if run.callback_url is None or (final and run.faults.drop_final):
+        if not (final and run.faults.drop_final):
+            await self._send(run, event, "application/json")
+
+    async def _send(self, run: Run, event: dict[str, Any], content_type: str) -> None:
+        if run.callback_url is None:
             return
         await asyncio.sleep(run.faults.delay)
         copies = 2 if run.faults.duplicate else 1
-        await asyncio.gather(*(self._deliver(run, run.callback_url, event) for _ in range(copies)))
+        await asyncio.gather(*(self._deliver(run, run.callback_url, event, content_type) for _ in range(copies)))
 
-    async def _deliver(self, run: Run, url: str, event: dict[str, Any]) -> None:
+    async def _deliver(self, run: Run, url: str, event: dict[str, Any], content_type: str) -> None:
         """Tries again whatever went wrong.
 
         After a 404 too: the receiver may not have heard of the run yet. One that kept the event all the same
         gets the same body twice.
         """
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": content_type}
         if self.callback_key is not None:
             headers["x-api-key"] = self.callback_key
         for pause in (*self.backoff, None):
@@ -211,7 +224,8 @@ class Simulator:
                 return
             if pause is not None:
                 await asyncio.sleep(pause)
-        log.warning("gave up the callback %s of run %s: %s", event["event_type"], run.id, trouble)
+        kind = event.get("event_type") or event["type"]
+        log.warning("gave up the callback %s of run %s: %s", kind, run.id, trouble)
 
     # For other processes
 

@@ -1,7 +1,7 @@
 """What can be made to go wrong with a simulated call."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,11 @@ class Faults:
     hang: bool = False  # the call goes ahead, the trigger is never answered
     disconnect: bool = False  # the call goes ahead, the connection breaks within the answer
     fail: bool = False  # the call ends `failed`
+    # How the Platform API answers about the call: after so many seconds; with an HTTP status and nothing else; with
+    # 404 for so many seconds after the trigger.
+    api_delay: float = 0.0
+    api_answer: str | None = None
+    api_missing: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> "Faults":
@@ -43,17 +48,19 @@ class Faults:
 
 def _value(name: str, value: object) -> Any:
     match name:
-        case "delay":
-            return _seconds(value)
+        case "delay" | "api_delay" | "api_missing":
+            return _seconds(name, value)
         case "answer":
-            return _answer(value)
+            return _answer(name, value, NAMED_ANSWERS)
+        case "api_answer":
+            return _answer(name, value)
         case "duplicate" | "reorder" | "drop_final" | "call_back_first" | "hang" | "disconnect" | "fail":
             return _switch(name, value)
         case _:
             raise ValueError(f"unknown fault: {name}")
 
 
-def _seconds(value: object) -> float:
+def _seconds(name: str, value: object) -> float:
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         try:
             seconds = float(value)
@@ -61,18 +68,18 @@ def _seconds(value: object) -> float:
             seconds = math.nan
         if 0 <= seconds < math.inf:
             return seconds
-    raise ValueError(f"delay must be a number of seconds, not {value!r}")
+    raise ValueError(f"{name} must be a number of seconds, not {value!r}")
 
 
-def _answer(value: object) -> str | None:
+def _answer(name: str, value: object, named: Sequence[str] = ()) -> str | None:
     if value is None:
         return None
     text = str(value)
-    if text in NAMED_ANSWERS:
+    if text in named:
         return text
     if text.isdecimal() and 400 <= int(text) <= 599:  # noqa: PLR2004 -- the statuses that refuse
         return text
-    raise ValueError(f"answer must be a status from 400 to 599, {', '.join(NAMED_ANSWERS)}, not {value!r}")
+    raise ValueError(f"{name} must be {', '.join(['a status from 400 to 599', *named])}, not {value!r}")
 
 
 def _switch(name: str, value: object) -> bool:

@@ -56,9 +56,10 @@ class Wishes:
     runs: int
     outcome: Outcome
     faults: Faults
+    cloud_events: bool
 
     @classmethod
-    def of(cls, payload: dict[str, Any], usual: Faults) -> "Wishes":
+    def of(cls, payload: dict[str, Any], usual: Faults, cloud_events: bool) -> "Wishes":
         given = payload.get("simulate", {})
         if not isinstance(given, dict):
             raise HTTPException(400, "simulate must be an object")
@@ -72,7 +73,10 @@ class Wishes:
         outcome = given.get("outcome", "failed" if faults.fail else "completed")
         if outcome not in ("completed", "failed", "canceled"):
             raise HTTPException(400, "simulate.outcome must be completed, failed or canceled")
-        return cls(runs, outcome, faults)
+        cloud_events = given.get("cloud_events", cloud_events)
+        if not isinstance(cloud_events, bool):
+            raise HTTPException(400, "simulate.cloud_events must be true or false")
+        return cls(runs, outcome, faults, cloud_events)
 
 
 def queued(faults: Faults, run_ids: list[str], afterwards: BackgroundTask) -> Response:

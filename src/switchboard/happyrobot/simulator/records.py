@@ -119,6 +119,27 @@ def sessions(run: Run) -> list[Record]:
     ]
 
 
+def session_changed(run: Run) -> Record:
+    """The CloudEvent that tells of the run's session as it stands: it has begun, or ended."""
+    current, previous = (run.status, "in-progress") if run.over else ("in-progress", "queued")
+    return {
+        "specversion": "1.0",
+        "id": stable_id(run.id, "cloudevent", current),
+        "source": "https://platform.happyrobot.ai",
+        "type": "session.status_changed",
+        "time": stamp(run.clock),
+        "datacontenttype": "application/json",
+        "data": {
+            "schema_version": "2025-07-08",
+            "run_id": run.id,
+            "session_id": run.session_id,
+            "org": {"id": ORG_ID},
+            "use_case": {"id": use_case_id(run.slug)},
+            "status": {"previous": previous, "current": current, "updated_at": stamp(run.clock)},
+        },
+    }
+
+
 def v2_sessions(run: Run) -> list[Record]:
     unknown = dict.fromkeys(("llm_model", "stt_model", "tts_model", "voice_id", "languages"))
     return [

@@ -43,6 +43,7 @@ class Run:
     payload: dict[str, Any]
     outcome: Outcome
     faults: Faults
+    cloud_events: bool = False  # beside the callbacks
     id: str = field(default_factory=lambda: str(uuid4()))
     created_at: datetime = field(default_factory=now)
     status: Status = "scheduled"
