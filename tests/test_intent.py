@@ -365,6 +365,18 @@ async def test_an_execution_and_its_callback_that_are_written_in_one_go_find_eac
         assert (await service.run(run_id))["status"] == "COMPLETED"
 
 
+async def test_an_execution_that_has_its_runs_is_not_unknown_any_more(
+    service: Service, db: AsyncEngine, context_id: str
+):
+    """A sweep that looked just before the answer was stored."""
+    execution_id = (await trigger(service, None, context_id=context_id)).json()["execution_id"]
+    lost = Unconfirmed(UUID(execution_id), ExecutionStatus.SUBMISSION_UNKNOWN, "?")
+    async with db.begin() as conn:
+        await write(conn, [lost])
+    found = await execution(db, execution_id)
+    assert (found.status, found.error, found.unconfirmed) in [("running", None, False), ("completed", None, False)]
+
+
 @pytest.mark.parametrize("echo", ["6f1e1b0e-5f5b-4a7e-9d6e-0d3a4c9b2f11", "no uuid", ""])
 async def test_an_echo_that_is_none_of_ours_adopts_nothing(service: Service, context_id: str, echo: str):
     answer = await service.callback(f"run_{context_id}", "log", execution_id=echo)
