@@ -33,7 +33,7 @@ format: setup
 	$(BIN)/ruff format .
 
 lock: ## Resolve the dependencies anew
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --upgrade \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-strip-extras --upgrade \
 	  --extra embedded --extra dev pyproject.toml -o requirements.lock
 
 clean:

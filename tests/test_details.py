@@ -259,7 +259,7 @@ async def test_a_run_that_only_we_hold_for_dead_can_be_canceled(
 async def test_two_who_cancel_at_once_are_both_told_the_truth(
     service: Service, upstream: Upstream, db: AsyncEngine, context_id: str
 ):
-    body = {"context_id": context_id, "simulate": {"faults": "delay=0.3"}}
+    body = {"context_id": context_id, "simulate": {"faults": "delay=0.1"}}
     run_id = (await service.http.post("/api/happyrobot/trigger", json=body)).json()["run_ids"][0]
     answers = await asyncio.gather(*(cancel(service, run_id) for _ in range(5)))
     assert {status for status, _ in answers} <= {200, 409}

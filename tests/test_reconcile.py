@@ -397,7 +397,7 @@ async def test_200_runs_without_an_end_reach_it_within_the_pace_and_one_worker_a
         finally:
             under_way[run_id] -= 1
 
-    pace = 40
+    pace = 80
     async with serving(lambda _: watched) as (url, _):
         settings = settings_for(
             own_database,
