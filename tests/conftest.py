@@ -1,11 +1,15 @@
-"""Real servers for the tests: PostgreSQL and Valkey, a service over HTTP, HappyRobot's simulator."""
+"""Real servers for the tests: PostgreSQL and Valkey, a service over HTTP, HappyRobot's simulator; the commands."""
 
 import asyncio
 import contextlib
+import io
 import os
 import shutil
+import signal
+import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ from httpx_sse import aconnect_sse
 from sqlalchemy import Table, func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from switchboard import database, embedded, local
+from switchboard import cli, database, embedded, local
 from switchboard.app import create_app
 from switchboard.embedded.folder import KEEPER_LOCK, poll
 from switchboard.embedded.lease import _kept
@@ -302,3 +306,39 @@ async def rows_of(db: AsyncEngine, table: Table, run_id: str) -> int:
     """How many rows of a table are about a run."""
     async with db.connect() as conn:
         return await conn.scalar(select(func.count()).select_from(table).where(table.c.run_id == run_id)) or 0
+
+
+async def until(condition: Callable[[], Awaitable[bool]], *, within: float = 60) -> None:
+    """Waits for something that only looking can tell."""
+    async with asyncio.timeout(within):
+        while not await condition():  # noqa: ASYNC110  # it is in a database
+            await asyncio.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command has left."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def switchboard(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+    """Runs a command as it is typed, with environment variables, in this process: starting one takes seconds."""
+
+    def run(*arguments: str, stdin: str = "", **variables: str) -> Said:
+        with monkeypatch.context() as patch, ThreadPoolExecutor(1) as beside_the_event_loop:
+            patch.setattr(sys, "argv", ["switchboard", *arguments])
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            patch.setattr(signal, "signal", lambda *_: None)  # a command's handlers are its process's
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            error = beside_the_event_loop.submit(cli.main).exception()
+        assert isinstance(error, SystemExit)
+        out, err = capsys.readouterr()
+        # As the interpreter ends.
+        return Said(1, out, f"{err}{error.code}\n") if isinstance(error.code, str) else Said(error.code or 0, out, err)
+
+    return run

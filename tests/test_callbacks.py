@@ -176,6 +176,23 @@ async def test_a_cloud_event_is_stored_once_and_does_not_end_the_run(service: Se
     assert (await service.run(run_id))["status"] == "RUNNING"
 
 
+@pytest.mark.parametrize(
+    ("current", "status"),
+    [
+        ("in-progress", "RUNNING"),
+        *((word, "PENDING") for word in ("queued", "connecting", "completed", "busy", "missed", "failed", "canceled")),
+    ],
+)
+async def test_only_a_session_in_progress_says_where_its_run_stands(
+    service: Service, db: AsyncEngine, context_id: str, current: str, status: str
+):
+    run_id = await insert_run(db, context_id, "PENDING")
+    data = {"run_id": run_id, "session_id": "s", "status": {"previous": "queued", "current": current}}
+    body = {"specversion": "1.0", "id": "1", "source": "h", "type": "session.status_changed", "data": data}
+    assert (await service.http.post(URL, json=body, headers=HEADERS)).status_code == 200
+    assert (await service.run(run_id))["status"] == status
+
+
 async def test_an_early_callback_is_held_and_applied_once_the_run_is_known(
     service: Service, upstream: Upstream, db: AsyncEngine, context_id: str
 ):

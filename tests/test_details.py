@@ -10,8 +10,9 @@ import respx
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from switchboard.happyrobot.client import Effort
 from switchboard.tables import run_records
-from tests.conftest import Servers, Service, Upstream, rows_of, running_service, settings_for
+from tests.conftest import API_KEY, Servers, Service, Upstream, rows_of, running_service, settings_for
 
 
 def answering(
@@ -48,7 +49,7 @@ async def test_a_call_can_be_read_and_outlives_happyrobots_own_record(
     assert [(said["role"], said["content"]) for said in session["messages"]] == [
         (said.role, said.content) for said in simulated.messages
     ]
-    assert [output["data"] for output in first["outputs"]] == [simulated.ending]
+    assert [output["data"] for output in first["outputs"]] == [simulated.payload, simulated.ending]
     assert first["version"]["number"] == 1
     [recording] = first["recordings"]
     async with httpx.AsyncClient() as http:
@@ -105,6 +106,95 @@ async def test_a_record_that_happyrobot_has_emptied_takes_no_place(
         found = await details_of(service, run_id)
     assert (found["source"], found["recordings"]) == ("happyrobot", [])
     assert await rows_of(db, run_records, run_id) == 0
+
+
+async def test_what_is_said_of_a_call_afterwards_is_shown_and_what_was_said_in_it_stays(
+    database_url: str, servers: Servers, run_id: str
+):
+    message = {"role": "user", "content": "I'll take it."}
+    ended = {
+        "run": {"id": run_id, "status": "completed", "annotation": None},
+        "sessions": [{"id": "s", "messages": [message]}],
+        "outputs": [{"id": "o", "data": {"rate": 1900}}],
+        "version": {"id": "v"},
+    }
+    judged = {
+        "run": {"id": run_id, "status": "completed", "annotation": "critical"},
+        "sessions": [{"id": "s", "messages": [message | {"content": None, "data_deleted": True}]}],
+        "outputs": [],
+        "issues": [{"id": "i", "type": "interruption"}],
+    }
+    router = respx.MockRouter()
+    away = httpx.Response(503)
+    answers = [httpx.Response(200, json=ended), httpx.Response(200, json=judged), away]
+    router.get(f"/api/v1/runs/{run_id}").mock(side_effect=answers)
+    router.get(f"/api/v1/runs/{run_id}/recordings").respond(404)
+    async with answering(router, database_url, servers) as service:
+        first, second, third = [await details_of(service, run_id) for _ in range(3)]
+    assert [found["source"] for found in (first, second, third)] == ["happyrobot", "happyrobot", "database"]
+    assert (first["annotation"], first["issues"]) == (None, [])
+    assert (second["annotation"], second["issues"][0]["id"]) == ("critical", "i")
+    for part in ("sessions", "outputs", "version"):
+        assert second[part] == first[part], "it outlives HappyRobot's own"
+    assert third == second | {"source": "database"}
+
+
+async def test_a_reader_who_learns_that_a_run_is_over_is_not_the_only_one(
+    database_url: str, servers: Servers, run_id: str
+):
+    router = respx.MockRouter()
+    router.get(f"/api/v1/runs/{run_id}").respond(json={"run": {"id": run_id, "status": "completed"}})
+    router.get(f"/api/v1/runs/{run_id}/recordings").respond(404)
+    async with answering(router, database_url, servers) as service:
+        assert (await details_of(service, run_id))["status"] == "completed"
+        assert (await service.run(run_id))["status"] == "COMPLETED"
+        assert await kinds(service, run_id) == [("status", "COMPLETED")]
+
+
+async def test_nobody_waits_for_a_record_without_an_end(
+    database_url: str, servers: Servers, run_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Each of v2's pages is quick enough; all of them together are not."""
+    monkeypatch.setattr("switchboard.runs.details.READ", Effort(patience=1, timeout=0.5))
+
+    async def page(_: httpx.Request) -> httpx.Response:
+        await asyncio.sleep(0.1)
+        return httpx.Response(200, json={"data": [{"id": "s"}], "pagination": {"has_next_page": True}})
+
+    router = respx.MockRouter()
+    router.get(path__regex=r"/api/v1/.*").respond(404)
+    router.get(f"/api/v2/runs/{run_id}").respond(json={"id": run_id, "status": "running"})
+    router.get(path__regex=r"/api/v2/.*").mock(side_effect=page)
+    more = {"happyrobot_api_url": "http://127.0.0.1:1/api/v2"}
+    async with answering(router, database_url, servers, **more) as service:
+        answer = await service.http.get(f"/api/happyrobot/runs/{run_id}/details")
+    assert (answer.status_code, answer.json()) == (503, {"error": "HappyRobot takes too long to answer"})
+
+
+async def test_happyrobot_is_told_the_organisation_and_never_the_key_of_a_hook(
+    database_url: str, servers: Servers, run_id: str
+):
+    router = respx.MockRouter()
+    router.get(path__regex=r"/api/v1/runs/.+").respond(404)
+    async with answering(router, database_url, servers, happyrobot_org_id="org_1") as service:
+        await service.http.get(f"/api/happyrobot/runs/{run_id}/details")
+    for call in router.calls:
+        assert call.request.headers["x-organization-id"] == "org_1"
+        assert call.request.headers["authorization"] == f"Bearer {API_KEY}"
+        assert "x-api-key" not in call.request.headers
+
+
+async def test_a_key_that_happyrobot_refuses_is_named_once(
+    database_url: str, servers: Servers, run_id: str, caplog: pytest.LogCaptureFixture
+):
+    router = respx.MockRouter()
+    router.get(path__regex=r"/api/v1/runs/.+").respond(401, json={"message": "invalid or revoked API key"})
+    async with answering(router, database_url, servers) as service:
+        for _ in range(2):
+            assert (await service.http.get(f"/api/happyrobot/runs/{run_id}/details")).status_code == 503
+    complaints = [record.getMessage() for record in caplog.records if "HAPPYROBOT_API_KEY" in record.getMessage()]
+    assert complaints == ["HappyRobot refuses HAPPYROBOT_API_KEY (401); is it of this region and organisation?"]
+    assert API_KEY not in caplog.text
 
 
 @pytest.mark.parametrize("what", ["details", "recordings"])
@@ -186,15 +276,33 @@ async def test_a_wish_that_happyrobot_did_not_hear_is_kept_and_told_again(
         for _ in range(2):
             assert await cancel(service, run_id) == (202, {"success": True, "run_id": run_id, "status": "running"})
         assert await kinds(service, run_id) == [("cancel_requested", "RUNNING")], "wished for once"
-        async with db.connect() as conn:
-            job = text("SELECT count(*) FROM switchboard_pgqueuer WHERE dedupe_key = :key")
-            assert await conn.scalar(job, {"key": f"cancel:{run_id}"}) == 1
+        assert await jobs_to_cancel(db, run_id) == 1
         canceler = service.state["canceler"]
         assert await canceler.again(run_id, 0) == 15
         assert await canceler.again(run_id, 1) is None
         assert (await service.run(run_id))["status"] == "CANCELED"
         assert await canceler.again(run_id, 2) is None
     assert router.calls.call_count == 4
+
+
+async def jobs_to_cancel(db: AsyncEngine, run_id: str) -> int:
+    async with db.connect() as conn:
+        job = text("SELECT count(*) FROM switchboard_pgqueuer WHERE dedupe_key = :key")
+        return await conn.scalar(job, {"key": f"cancel:{run_id}"}) or 0
+
+
+async def test_a_wish_that_is_repeated_is_told_again_too(
+    database_url: str, servers: Servers, db: AsyncEngine, run_id: str
+):
+    router = respx.MockRouter()
+    router.get(f"/api/v1/runs/{run_id}").respond(json={"run": {"id": run_id, "status": "running"}})
+    router.post(f"/api/v2/runs/{run_id}/cancel").mock(side_effect=[httpx.Response(400), httpx.Response(503)])
+    async with answering(router, database_url, servers) as service:
+        assert (await cancel(service, run_id))[0] == 502
+        assert await jobs_to_cancel(db, run_id) == 0, "who is told that it cannot be done does not find it done later"
+        assert (await cancel(service, run_id))[0] == 202
+        assert await jobs_to_cancel(db, run_id) == 1, "as the answer says"
+        assert await kinds(service, run_id) == [("cancel_requested", "RUNNING")], "wished for once"
 
 
 async def test_a_wish_is_not_told_for_ever(database_url: str, servers: Servers, run_id: str):
@@ -250,9 +358,12 @@ async def test_a_run_that_only_we_hold_for_dead_can_be_canceled(
         statement = text("UPDATE agent_runs SET status = 'FAILED', timed_out = true WHERE run_id = :run_id")
         await conn.execute(statement, {"run_id": run_id})
     router = respx.MockRouter()
-    router.post(f"/api/v2/runs/{run_id}/cancel").respond(json={"status": "canceled"})
+    router.post(f"/api/v2/runs/{run_id}/cancel").mock(
+        side_effect=[httpx.Response(503), httpx.Response(200, json={"status": "canceled"})]
+    )
     async with answering(router, database_url, servers) as service:
-        assert (await cancel(service, run_id))[0] == 200
+        assert (await cancel(service, run_id))[0] == 202
+        assert await service.state["canceler"].again(run_id, 0) is None
         assert (await service.run(run_id))["status"] == "CANCELED"
 
 

@@ -1,6 +1,7 @@
 """One call per intent: whatever is sent twice, lost or killed, nobody is called twice for one click."""
 
 import asyncio
+import contextlib
 import signal
 import subprocess
 import sys
@@ -16,15 +17,17 @@ import respx
 from sqlalchemy import select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from switchboard import local
+from switchboard import local, workflows
 from switchboard.events import NewEvent
 from switchboard.happyrobot import client
-from switchboard.happyrobot.client import NotSent, Refused, Unknown, _certainly_not_started, _seconds
+from switchboard.happyrobot.client import Hook, NotSent, Refused, Unknown, _certainly_not_started, _seconds
 from switchboard.happyrobot.simulator import Simulator
 from switchboard.runs.ingest import write
 from switchboard.runs.sorting import Unconfirmed
 from switchboard.runs.sweep import sweep
+from switchboard.runs.trigger import STOPPED, TriggerIn, start
 from switchboard.tables import ExecutionStatus, RunStatus, executions, run_events
+from switchboard.workflows import Workflow
 from tests.conftest import (
     API_KEY,
     APP_SECRET,
@@ -246,6 +249,45 @@ async def test_anything_else_is_sent_once(
     assert (found.status, found.unconfirmed) == (status, True)
 
 
+async def test_an_address_to_which_nothing_can_be_sent_has_called_nobody(
+    database_url: str, servers: Servers, db: AsyncEngine, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(client, "_FIRST_PAUSE", 0.001)
+    settings = settings_for(database_url, servers.redis_url, None)
+    # As somebody may have put it into the table by hand.
+    workflow = Workflow(f"workflow_{context_id}", Hook("http://127.0.0.1:1/hooks/x\n"))
+    async with db.begin() as conn:
+        await workflows.add(conn, settings, workflow)
+    async with running_service(settings) as service:
+        answer = await trigger(service, None, context_id=context_id, workflow_id=workflow.id)
+    assert (answer.status_code, answer.json()["status"]) == (502, "failed")
+    assert answer.json()["detail"] == "HappyRobot cannot be reached (InvalidURL)"
+
+
+async def test_a_hook_gets_a_new_connection_for_each_trigger(database_url: str, servers: Servers, context_id: str):
+    """One that was kept may break at the moment of sending, and then nobody knows whether somebody was called."""
+    ports: list[int] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+                await reader.readexactly(length)
+                ports.append(writer.get_extra_info("peername")[1])
+                body = b'{"queued_run_ids": ["run_%d_%s"]}' % (len(ports), context_id.encode())
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+                await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as hook:
+        url = f"http://127.0.0.1:{hook.sockets[0].getsockname()[1]}"
+        async with running_service(settings_for(database_url, servers.redis_url, url)) as service:
+            for _ in range(3):
+                assert (await trigger(service, None, context_id=context_id)).status_code == 200
+    assert len(set(ports)) == 3
+
+
 @pytest.mark.usefixtures("_quick")
 async def test_a_hook_that_stays_busy_is_left_alone_after_four_attempts(
     database_url: str, servers: Servers, context_id: str
@@ -413,10 +455,7 @@ async def test_an_execution_found_half_way_is_unknown_and_never_sent_again(
     calls = len(upstream.simulator.calls)
     await sweep(db, service.state["intake"], 15)
     found = await execution(db, abandoned)
-    assert (found.status, found.error) == (
-        "submission_unknown",
-        "The service stopped before HappyRobot's answer was known",
-    )
+    assert (found.status, found.error) == ("submission_unknown", STOPPED)
     assert (await execution(db, alive)).status == "pending"
     assert len(upstream.simulator.calls) == calls
     run_id = f"run_{context_id}"
@@ -462,6 +501,40 @@ async def test_an_answer_that_comes_after_all_still_counts(
     assert answer.status_code == 200
     found = await execution(db, answer.json()["execution_id"])
     assert (found.status, found.error) == ("running", None)
+
+
+async def test_a_service_that_stops_during_a_call_says_at_once_that_nobody_knows(
+    database_url: str, servers: Servers, db: AsyncEngine, context_id: str
+):
+    asked = asyncio.Event()
+
+    async def never(_: httpx.Request) -> httpx.Response:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    router = respx.MockRouter()
+    router.post("/hooks/test").mock(side_effect=never)
+    async with answering(router, database_url, servers) as service:
+        state, body = service.state, {"context_id": context_id}
+        placing = asyncio.create_task(
+            start(
+                state["db"],
+                state["happyrobot"],
+                state["intake"],
+                state["settings"],
+                TriggerIn.model_validate(body),
+                body,
+            )
+        )
+        await asked.wait()
+        # As uvicorn does with what is under way when its time to stop is over.
+        placing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await placing
+    async with db.connect() as conn:
+        found = (await conn.execute(select(executions).where(executions.c.context_id == context_id))).one()
+    assert (found.status, found.error, found.unconfirmed) == ("submission_unknown", STOPPED, True)
 
 
 @pytest.fixture

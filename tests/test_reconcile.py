@@ -33,6 +33,7 @@ from tests.conftest import (
     running_service,
     serving,
     settings_for,
+    until,
 )
 
 RUNNING, GUESS = Standing(RunStatus.RUNNING), Standing(RunStatus.FAILED, timed_out=True)
@@ -144,7 +145,8 @@ async def test_a_run_that_happyrobot_says_is_over_is_over_and_its_transcript_kep
     database_url: str, servers: Servers, db: AsyncEngine, run_id: str
 ):
     router = respx.MockRouter()
-    platform(router, run_id).mock(side_effect=[says("running"), says("completed", "Hello", "Goodbye")])
+    answers = [says("running"), says("completed", "Hello", "Goodbye"), httpx.Response(404)]
+    platform(router, run_id).mock(side_effect=answers)
     router.get(f"/api/v1/runs/{run_id}/recordings").respond(json={"recordings": []})
     async with asked(router, database_url, servers) as service:
         reconciler = reconciler_of(service)
@@ -289,6 +291,7 @@ async def test_v2_is_read_in_as_many_requests_as_it_takes(
     database_url: str, servers: Servers, db: AsyncEngine, run_id: str
 ):
     router = respx.MockRouter()
+    platform(router, run_id).respond(404)
     router.get(f"/api/v2/runs/{run_id}").respond(json={"id": run_id, "status": "succeeded"})
     router.get(f"/api/v2/runs/{run_id}/sessions", params={"page": 1}).respond(
         json={"data": [{"id": "a", "timestamp": "2026-01-01T00:00:00Z"}], "pagination": {"has_next_page": True}}
@@ -307,9 +310,23 @@ async def test_v2_is_read_in_as_many_requests_as_it_takes(
         assert await reconciler_of(service).reconcile(run_id) == 0, "at once, for its record"
         assert await reconciler_of(service).reconcile(run_id) is None
         details = (await service.http.get(f"/api/happyrobot/runs/{run_id}/details")).json()
-    assert details["source"] == "database"
+    assert await rows_of(db, run_records, run_id) == 1
     said = [message["content"] for session in details["sessions"] for message in session["messages"]]
     assert said == ["in a", "in b"]
+
+
+async def test_where_v2_is_asked_for_statuses_the_record_is_still_v1s_for_it_has_it_all(
+    database_url: str, servers: Servers, db: AsyncEngine, run_id: str
+):
+    router = respx.MockRouter()
+    v2 = router.get(f"/api/v2/runs/{run_id}").respond(json={"id": run_id, "status": "succeeded"})
+    v1 = platform(router, run_id).mock(return_value=says("completed", "Hello"))
+    async with asked(router, database_url, servers, happyrobot_api_url="http://127.0.0.1:1/api/v2") as service:
+        await silence(db, run_id, 20)
+        assert await reconciler_of(service).reconcile(run_id) == 0, "at once, for its record"
+        assert await reconciler_of(service).reconcile(run_id) is None
+    assert (v1.call_count, v2.call_count) == (1, 2)
+    assert await rows_of(db, run_records, run_id) == 1
 
 
 # Jobs
@@ -327,10 +344,16 @@ async def test_every_run_is_watched_from_its_start(service: Service, db: AsyncEn
 
 
 async def test_runs_that_nobody_watches_are_found(service: Service, db: AsyncEngine, context_id: str):
-    run_ids = [await insert_run(db, context_id, status) for status in ("PENDING", "RUNNING", "COMPLETED")]
+    statuses = ("PENDING", "RUNNING", "COMPLETED", "FAILED", "FAILED", "FAILED")
+    run_ids = [await insert_run(db, context_id, status) for status in statuses]
+    async with db.begin() as conn:
+        # Two of them only by our guess, and one of these long ago.
+        given_up = "UPDATE agent_runs SET timed_out = true, updated_at = now() - interval '{}' WHERE run_id = :run_id"
+        await conn.execute(text(given_up.format("1 hour")), {"run_id": run_ids[4]})
+        await conn.execute(text(given_up.format("2 days")), {"run_id": run_ids[5]})
     for _ in range(2):
         await sweep(db, service.state["intake"], 15)
-    assert [await queued(db, jobs.RECONCILE, run_id) for run_id in run_ids] == [1, 1, 0]
+    assert [await queued(db, jobs.RECONCILE, run_id) for run_id in run_ids] == [1, 1, 0, 0, 1, 0]
 
 
 async def test_the_end_of_a_session_is_a_reason_to_ask_at_once(service: Service, db: AsyncEngine, run_id: str):
@@ -346,6 +369,43 @@ async def test_the_end_of_a_session_is_a_reason_to_ask_at_once(service: Service,
         assert answer.status_code == 200
         assert await queued(db, jobs.CHECK, run_id) == asks
     assert (await status_of(db, run_id)).status == "RUNNING", "the end of a session is not the end of its run"
+
+
+async def test_the_end_of_a_session_is_a_reason_to_ask_about_a_run_that_we_gave_up(
+    service: Service, db: AsyncEngine, run_id: str
+):
+    guess = NewEvent(run_id, "timed_out", None, RunStatus.FAILED, "Timed out", guess=True)
+    await service.state["intake"].take(guess)
+    await service.state["intake"].take(NewEvent(run_id, "session.status_changed", session_ended=True))
+    assert await queued(db, jobs.CHECK, run_id) == 1
+
+
+@pytest.mark.parametrize("standing", ["RUNNING", "gave up"])
+async def test_a_run_that_speaks_after_a_long_silence_is_asked_about_as_any_that_has_spoken(
+    service: Service, db: AsyncEngine, run_id: str, standing: str
+):
+    if standing == "gave up":
+        guess = NewEvent(run_id, "timed_out", None, RunStatus.FAILED, "Timed out", guess=True)
+        await service.state["intake"].take(guess)
+    async with db.begin() as conn:
+        await jobs.enqueue(conn, [jobs.Job(jobs.RECONCILE, run_id, 300)])
+
+    async def due_in() -> float:
+        async with db.connect() as conn:
+            due = text(
+                "SELECT extract(epoch FROM execute_after - now()) FROM switchboard_pgqueuer WHERE dedupe_key = :k"
+            )
+            return float(await conn.scalar(due, {"k": f"reconcile:{run_id}"}) or 0)
+
+    assert await due_in() > 290
+    await service.callback(run_id, "log", "still here")
+    assert 13 < await due_in() <= 15
+    # One that is over has nothing more to be asked about soon.
+    async with db.begin() as conn:
+        await conn.execute(text("UPDATE switchboard_pgqueuer SET execute_after = now() + interval '300 s'"))
+    await service.callback(run_id, "completed")
+    await service.callback(run_id, "log", "a summary")
+    assert await due_in() > 290
 
 
 async def test_what_pgqueuer_notes_about_the_past_is_dropped(service: Service, db: AsyncEngine):
@@ -371,12 +431,6 @@ async def own_database(servers: Servers, template: str) -> AsyncIterator[str]:
     """A database of its own: the jobs of other tests are not for these workers."""
     async with new_database(servers, template) as url:
         yield url
-
-
-async def until(condition: Any, *, within: float = 60) -> None:
-    async with asyncio.timeout(within):
-        while not await condition():  # noqa: ASYNC110  # it is in a database
-            await asyncio.sleep(0.1)
 
 
 async def test_200_runs_without_an_end_reach_it_within_the_pace_and_one_worker_asks_at_a_time(
@@ -413,7 +467,9 @@ async def test_200_runs_without_an_end_reach_it_within_the_pace_and_one_worker_a
         ):
             outcomes = ["completed", "failed", "canceled"]
             for number in range(40):
-                simulate = {"runs": 5, "outcome": outcomes[number % 3], "faults": "drop_final"}
+                # Callbacks that never come at all, or all but the last one.
+                fault = "silent" if number % 8 else "drop_final"
+                simulate = {"runs": 5, "outcome": outcomes[number % 3], "faults": fault}
                 body = {"context_id": context_id, "simulate": simulate}
                 assert (await service.http.post("/api/happyrobot/trigger", json=body)).status_code == 200
 

@@ -141,10 +141,24 @@ def test_a_transcript_is_in_order_however_it_is_given():
     assert [found.timestamp for found in transcript(run(body))] == [found.timestamp for found in expected]
 
 
-def test_without_all_their_times_messages_stay_as_given():
-    data = [{"id": "1", "timestamp": "2026-01-15T09:30:00Z"}, {"id": "2"}, {"id": "3", "timestamp": 1}]
+@pytest.mark.parametrize(
+    ("given", "ordered"),
+    [
+        # One without a time stays behind the one that it follows, in whichever direction the rest goes.
+        (["1@1", "2", "3@3"], "123"),
+        (["3@3", "2", "1@1"], "123"),
+        (["1", "2@1", "3@2"], "123"),
+        (["2@2", "x", "1@1", "3@3"], "12x3"),
+        (["b", "a"], "ba"),
+    ],
+)
+def test_messages_without_a_time_stay_where_they_belong(given: list[str], ordered: str):
+    data = []
+    for each in given:
+        name, _, second = each.partition("@")
+        data.append({"id": name} | ({"timestamp": 1768469400 + int(second)} if second else {}))
     messages, more = read_messages({"data": data, "pagination": {"has_next_page": True}})
-    assert [found.id for found in messages] == ["1", "2", "3"]
+    assert "".join(found.id or "" for found in messages) == ordered
     assert more
 
 
@@ -367,5 +381,6 @@ async def test_the_simulator_tells_the_same_in_every_shape(outcome: str):
     assert flat.completed_at == head.completed_at is not None
     assert nested.issues == flat.issues
     assert nested.version == flat.version is not None
-    assert [output.data for output in nested.outputs] == [output.data for output in flat.outputs][1:]  # its hook
+    assert nested.outputs == flat.outputs
+    assert flat.outputs[0].name == "Incoming hook"
     assert [recording.session_id for recording in recordings] == [call.id]

@@ -1,5 +1,6 @@
 """Background jobs: PgQueuer's tables under names of our own, and putting jobs into them."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,8 +13,22 @@ from pgqueuer.adapters.persistence.queries import Queries
 from pgqueuer.domain.settings import DBSettings
 from pgqueuer.ports.driver import Driver
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
-from sqlalchemy import ColumnElement, Text, column, delete, exists, func, literal, table, text
-from sqlalchemy import cast as type_cast
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    String,
+    any_,
+    column,
+    delete,
+    exists,
+    func,
+    literal,
+    literal_column,
+    null,
+    table,
+    text,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 
@@ -75,6 +90,22 @@ CHECK = "check"
 CANCEL = "cancel"
 """Asks again for a run to be stopped."""
 
+_URGENT = frozenset({CHECK, CANCEL})
+"""Jobs that go before all others when they come up for the first time."""
+
+_FIRST = 1
+_DAWN = 1_577_836_800
+"""The beginning of 2020, so that a time in seconds fits into PgQueuer's priorities until 2088."""
+
+
+def _rank(after: float) -> int:
+    """The priority of a job that is due in so many seconds: what is due first comes first.
+
+    PgQueuer takes jobs by priority, then by age, and a job that puts itself off keeps its age. Of more jobs than there
+    is time for, the oldest would come up again and again, and the newest never.
+    """
+    return _DAWN - round(time.time() + after)
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -94,24 +125,80 @@ async def enqueue(conn: AsyncConnection, jobs: Sequence[Job]) -> None:
     await queries(cast("Driver", _Joined(conn))).enqueue(
         [job.entrypoint for job in jobs],
         [job.subject.encode() for job in jobs],
-        [0] * len(jobs),
+        [_FIRST if job.entrypoint in _URGENT else _rank(job.after) for job in jobs],
         [timedelta(seconds=job.after) for job in jobs],
         [f"{job.entrypoint}:{job.subject}" for job in jobs],
         on_conflict="skip",
     )
 
 
-_queue = table(NAMES.queue_table, column("dedupe_key"), column("status"))
+_queue = table(
+    NAMES.queue_table,
+    column("id"),
+    column("dedupe_key"),
+    column("status"),
+    column("priority"),
+    column("execute_after"),
+    column("queue_manager_id"),
+)
 _log = table(NAMES.queue_table_log, column("created"), column("aggregated"))
 _statistics = table(NAMES.statistics_table, column("created"))
+
+# Literals, by which PostgreSQL sees that its partial indexes fit.
+_waits: ColumnElement[bool] = literal_column("status = 'queued'")
+_is_live: ColumnElement[bool] = literal_column("status IN ('queued', 'picked')")
+_has_failed: ColumnElement[bool] = literal_column("status = 'failed'")
 
 _KEPT_FOR = text("interval '1 day'")
 
 
 def is_queued(entrypoint: str, subject: ColumnElement[str]) -> ColumnElement[bool]:
     """Whether such a job waits or is under way."""
-    live = type_cast(_queue.c.status, Text).in_(("queued", "picked"))
-    return exists().where(_queue.c.dedupe_key == literal(f"{entrypoint}:") + subject, live)
+    return exists().where(_queue.c.dedupe_key == literal(f"{entrypoint}:") + subject, _is_live)
+
+
+def is_asleep(entrypoint: str, subject: ColumnElement[str], after: ColumnElement[timedelta]) -> ColumnElement[bool]:
+    """Whether such a job waits, and comes up later than after so long."""
+    key = literal(f"{entrypoint}:") + subject
+    return exists().where(_queue.c.dedupe_key == key, _waits, _queue.c.execute_after > func.now() + after)
+
+
+async def hasten(conn: AsyncConnection, entrypoint: str, subjects: Sequence[str], after: float) -> None:
+    """Lets jobs that wait come up after so many seconds, if they would come later."""
+    if not subjects:
+        return
+    keys = [f"{entrypoint}:{subject}" for subject in subjects]
+    sooner = func.now() + timedelta(seconds=after)
+    await conn.execute(
+        update(_queue)
+        .where(_queue.c.dedupe_key == any_(literal(keys, ARRAY(String))), _waits, _queue.c.execute_after > sooner)
+        .values(execute_after=sooner, priority=_rank(after))
+    )
+
+
+async def drop(conn: AsyncConnection, entrypoint: str, subject: str) -> None:
+    """Takes a job that waits out of the queue."""
+    await conn.execute(delete(_queue).where(_queue.c.dedupe_key == f"{entrypoint}:{subject}", _waits))
+
+
+async def rank_behind(conn: AsyncConnection, job_id: int, after: float) -> None:
+    """Gives a job that puts itself off its place among those that are due by then."""
+    await conn.execute(update(_queue).where(_queue.c.id == job_id).values(priority=_rank(after)))
+
+
+async def revive(conn: AsyncConnection) -> None:
+    """Lets jobs come up again that failed because PgQueuer could not write down when they were to come up again."""
+    newer = _queue.alias()
+    await conn.execute(
+        delete(_queue).where(
+            _has_failed, exists().where(newer.c.dedupe_key == _queue.c.dedupe_key, newer.c.id > _queue.c.id)
+        )
+    )
+    await conn.execute(
+        update(_queue)
+        .where(_has_failed)
+        .values(status=literal_column("'queued'"), execute_after=func.now(), queue_manager_id=null(), priority=_rank(0))
+    )
 
 
 async def tidy(conn: AsyncConnection) -> None:

@@ -16,6 +16,7 @@ from switchboard.happyrobot.lookups import Lookups
 from switchboard.live.announcer import Announcer
 from switchboard.live.channel import Channel
 from switchboard.live.hub import Hub
+from switchboard.runs.asking import listener
 from switchboard.runs.cancel import Canceler
 from switchboard.runs.intake import Intake
 from switchboard.settings import Settings
@@ -59,13 +60,15 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
         shared = redis(once_more, timeout=0.5)
         happyrobot = HappyRobot(settings, shared, upstream)
         stack.push_async_callback(happyrobot.aclose)
-        lookups = await stack.enter_async_context(Lookups(settings, happyrobot, shared).running())
         channel = Channel(db)
         # A subscription is silent for as long as nothing happens, so reading from it has no time limit.
         hub = await stack.enter_async_context(Hub(db, redis(Retry(NoBackoff(), 0), None), channel).running())
         announcer = await stack.enter_async_context(Announcer(redis(once_more, 2), channel, hub.look).running())
         intake = Intake(db, announcer, reconcile_after=settings.reconcile_after)
         await stack.enter_async_context(intake.running())
+        # Above what takes in their answers, so that they close first.
+        take_in = listener(db, intake, keeps=not happyrobot.reads_v2)
+        lookups = await stack.enter_async_context(Lookups(settings, happyrobot, shared, take_in).running())
         yield State(
             settings=settings,
             db=db,

@@ -12,6 +12,7 @@ from pgqueuer import Job as Picked
 from pgqueuer import PgQueuer, RetryRequested
 from pgqueuer.adapters.drivers.asyncpg import AsyncpgPoolDriver
 from pgqueuer.models import Schedule
+from sqlalchemy.exc import SQLAlchemyError
 
 from switchboard import jobs
 from switchboard.database import dsn
@@ -90,7 +91,8 @@ class _Worker:
             driver = AsyncpgPoolDriver(pool)
             queue = PgQueuer(driver, jobs.NAMES.channel, queries=jobs.queries(driver))
             for entrypoint, work in self._work.items():
-                queue.entrypoint(entrypoint, accepts_context=False)(self._handler(work))
+                # Held, should PgQueuer fail to put it off because PostgreSQL is away: the sweep brings it back.
+                queue.entrypoint(entrypoint, accepts_context=False, on_failure="hold")(self._handler(work))
             queue.schedule("sweep", "* * * * *", accepts_context=False)(self._sweep)
             # What a process that was killed has left behind is put in order at the next start.
             await self._sweep()
@@ -110,8 +112,12 @@ class _Worker:
     def _handler(self, work: Work) -> Callable[[Picked], Awaitable[None]]:
         async def handle(job: Picked) -> None:
             again = await self._unless_stopped(job, work)
-            if again is not None:
-                raise RetryRequested(timedelta(seconds=again))
+            if again is None:
+                return
+            with contextlib.suppress(SQLAlchemyError, OSError):  # then it comes up a little too early or too late
+                async with self._state["db"].begin() as conn:
+                    await jobs.rank_behind(conn, job.id, again)
+            raise RetryRequested(timedelta(seconds=again))
 
         return handle
 

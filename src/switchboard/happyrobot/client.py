@@ -7,12 +7,15 @@ HappyRobotError
 └── NoAnswer        asked about a run, HappyRobot said nothing of use
     ├── NotKnown    it has no such run, or not yet
     ├── NoKey       we have no key to ask with
-    └── NoTurn      it was not asked: its pace is used up
+    ├── NoTurn      it was not asked: its pace is used up
+    └── Unreadable  it knows the run, and says more than we can read
 """
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -21,13 +24,13 @@ import httpx
 import stamina
 from fastapi import Depends
 from pydantic import SecretStr
-from pydantic_core import from_json
 from redis.asyncio import Redis
+from stamina.instrumentation import RetryDetails, set_on_retry_hooks
 from starlette.requests import HTTPConnection
 
 from switchboard.happyrobot.addresses import api_root
 from switchboard.happyrobot.pace import Pace
-from switchboard.happyrobot.payloads import TriggerAnswer
+from switchboard.happyrobot.payloads import read_json, started_runs
 from switchboard.happyrobot.records import (
     Message,
     Recording,
@@ -57,6 +60,9 @@ _LONGEST_WISH = 20.0
 _WORTH_ANOTHER_TRY = frozenset({429, 502, 503, 504})
 _NOT_STARTED = _WORTH_ANOTHER_TRY | frozenset(range(300, 500))
 """Statuses that say that nothing was started. Of any other that is not 2xx nobody can say."""
+
+_NEVER_LEFT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol, httpx.InvalidURL)
+"""What goes wrong before a byte of a request is sent."""
 
 _PAGES = 20
 """Pages of a v2 list that are read, at most."""
@@ -97,6 +103,10 @@ class NoTurn(NoAnswer):
     pass
 
 
+class Unreadable(NoAnswer):
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Hook:
     """What starts a workflow."""
@@ -107,7 +117,10 @@ class Hook:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long somebody can wait, in seconds: for a turn in HappyRobot's pace, and for its answer."""
+    """How long somebody can wait, in seconds: for a turn in HappyRobot's pace, and for an answer, the turn included.
+
+    In the background the turn is not included: a job has the time.
+    """
 
     patience: float
     timeout: float
@@ -120,6 +133,17 @@ READ = Effort(patience=5, timeout=10)
 """Somebody who waits for what only HappyRobot knows."""
 
 BACKGROUND = Effort(patience=30, timeout=10)
+
+_LONGEST_RECORD = 120.0
+"""Seconds that a job may take to read a record which comes in many pages, each in its turn."""
+
+
+def _log_attempt(details: RetryDetails) -> None:
+    log.warning("%s; the trigger is sent again in %.1f s", details.caused_by, details.wait_for)
+
+
+# In place of stamina's own, which would log the name of a block without one.
+set_on_retry_hooks([_log_attempt])
 
 
 class HappyRobot:
@@ -176,7 +200,7 @@ class HappyRobot:
             async with asyncio.timeout(self._settings.happyrobot_trigger_timeout):
                 request = self._hooks.build_request("POST", hook.url, json=payload, headers=headers)
                 response, body = await _send(self._hooks, request)
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+        except _NEVER_LEFT as error:
             raise NotSent(f"HappyRobot cannot be reached ({type(error).__name__})") from error
         except (httpx.HTTPError, TimeoutError) as error:
             # Not sent again: HappyRobot may already have dialled.
@@ -187,7 +211,7 @@ class HappyRobot:
         if not response.is_success:
             raise Unknown(f"HappyRobot answered {status}")
         try:
-            run_ids = TriggerAnswer.model_validate(from_json(body)).run_ids
+            run_ids = started_runs(read_json(body))
         except ValueError as error:
             raise Unknown(f"HappyRobot answered {status} with something unreadable") from error
         if not run_ids:
@@ -217,24 +241,39 @@ class HappyRobot:
 
     async def run(self, run_id: str, effort: Effort, *, turn_taken: bool = False) -> RunRecord:
         """What HappyRobot knows about a run. In v2 that is without its sessions; `record` has them."""
-        if not turn_taken:
-            await self.turn(effort)
-        root = self._v2 if self.reads_v2 else self._v1
+        async with _within(effort):
+            if not turn_taken:
+                await self.turn(effort)
+            return await self._run(run_id, effort, self._v2 if self.reads_v2 else self._v1)
+
+    async def _run(self, run_id: str, effort: Effort, root: str) -> RunRecord:
         record = read_run(await self._ask("GET", f"{root}/runs/{_quoted(run_id)}", effort))
         if record is None:
             raise NoAnswer("HappyRobot answered with something unreadable")
         return record
 
     async def record(self, run_id: str, effort: Effort) -> RunRecord:
-        """All that HappyRobot knows about a run, in as many requests as this version of its API needs."""
-        record = await self.run(run_id, effort)
-        if not self.reads_v2:
-            return record
-        sessions = [
-            session.model_copy(update={"messages": await self._messages(session.id, effort)}) if session.id else session
-            for session in await self._sessions(run_id, effort)
-        ]
-        return record.model_copy(update={"sessions": sessions})
+        """All that HappyRobot knows about a run.
+
+        From v1, which has it all in one answer, also where v2 is asked for statuses; v2 itself needs a request for each
+        page of sessions and messages, and knows of no outputs.
+        """
+        async with _within(effort, _LONGEST_RECORD):
+            await self.turn(effort)
+            try:
+                return await self._run(run_id, effort, self._v1)
+            except NoAnswer:
+                if not self.reads_v2:
+                    raise
+            await self.turn(effort)
+            record = await self._run(run_id, effort, self._v2)
+            sessions = [
+                session.model_copy(update={"messages": await self._messages(session.id, effort)})
+                if session.id
+                else session
+                for session in await self._sessions(run_id, effort)
+            ]
+            return record.model_copy(update={"sessions": sessions})
 
     async def _sessions(self, run_id: str, effort: Effort) -> list[Session]:
         found: list[Session] = []
@@ -260,16 +299,18 @@ class HappyRobot:
 
     async def recordings(self, run_id: str, effort: Effort) -> list[Recording]:
         """Links to a run's recordings, which HappyRobot signs anew for each request."""
-        await self.turn(effort)
-        return read_recordings(await self._ask("GET", f"{self._v1}/runs/{_quoted(run_id)}/recordings", effort))
+        async with _within(effort):
+            await self.turn(effort)
+            return read_recordings(await self._ask("GET", f"{self._v1}/runs/{_quoted(run_id)}/recordings", effort))
 
     async def cancel(self, run_id: str, effort: Effort) -> str | None:
         """Asks HappyRobot to stop a run; returns its word for where the run stands now, if it gives one.
 
         Raises Refused where HappyRobot says no.
         """
-        await self.turn(effort)
-        answer = await self._ask("POST", f"{self._v2}/runs/{_quoted(run_id)}/cancel", effort)
+        async with _within(effort):
+            await self.turn(effort)
+            answer = await self._ask("POST", f"{self._v2}/runs/{_quoted(run_id)}/cancel", effort)
         word = answer.get("status") if isinstance(answer, dict) else None
         return word if isinstance(word, str) else None
 
@@ -286,7 +327,9 @@ class HappyRobot:
             async with asyncio.timeout(effort.timeout):
                 request = self._platform.build_request(method, url, params=query or None, json=body, headers=headers)
                 response, content = await _send(self._platform, request)
-        except (httpx.HTTPError, TimeoutError) as error:
+        except _TooMuch as error:
+            raise Unreadable("HappyRobot answered with more than can be read") from error
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             raise NoAnswer(f"HappyRobot did not answer ({type(error).__name__})") from error
         status = response.status_code
         if status == httpx.codes.NOT_FOUND:
@@ -300,7 +343,7 @@ class HappyRobot:
         if not response.is_success:
             raise NoAnswer(f"HappyRobot answered {status}")
         try:
-            return from_json(content)
+            return read_json(content)
         except ValueError as error:
             raise NoAnswer(f"HappyRobot answered {status} with something unreadable") from error
 
@@ -325,6 +368,20 @@ def _quoted(part: str) -> str:
     return quote(part, safe="")
 
 
+@contextlib.asynccontextmanager
+async def _within(effort: Effort, in_background: float | None = None) -> AsyncIterator[None]:
+    """Raises NoAnswer when everything together takes longer than somebody can wait, or a job may."""
+    try:
+        async with asyncio.timeout(in_background if effort is BACKGROUND else effort.timeout):
+            yield
+    except TimeoutError as error:
+        raise NoAnswer("HappyRobot takes too long to answer") from error
+
+
+class _TooMuch(httpx.DecodingError):
+    """An answer that is larger than anything of use."""
+
+
 async def _send(client: httpx.AsyncClient, request: httpx.Request) -> tuple[httpx.Response, bytes]:
     response = await client.send(request, stream=True)
     try:
@@ -332,7 +389,7 @@ async def _send(client: httpx.AsyncClient, request: httpx.Request) -> tuple[http
         async for chunk in response.aiter_bytes():
             body += chunk
             if len(body) > _MAX_ANSWER:
-                raise httpx.DecodingError("the answer is too large", request=request)
+                raise _TooMuch("the answer is too large", request=request)
         return response, bytes(body)
     finally:
         await response.aclose()

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Annotated, Self
 
 from fastapi import Depends
@@ -13,13 +13,19 @@ from redis.asyncio import Redis
 from starlette.requests import HTTPConnection
 
 from switchboard.breaker import Breaker
-from switchboard.happyrobot.client import BACKGROUND, POLL, Effort, HappyRobot, NoAnswer, NoTurn
+from switchboard.happyrobot.client import BACKGROUND, Effort, HappyRobot, NoAnswer, NoTurn, Unreadable
 from switchboard.happyrobot.records import RunRecord
 from switchboard.settings import Settings
 from switchboard.tables import RunStatus
 
 SHARED_FOR = 2.0
 """Seconds for which an answer serves all who ask about its run, counted from when it was asked for."""
+
+LONGEST_ANSWER = 8.0
+"""Seconds after which HappyRobot counts as silent. Who cannot wait so long goes away; the question goes on."""
+
+_SHARED_AT_LEAST = 0.5
+"""Seconds for which an answer that took longer than that serves all the same."""
 
 _LOOK_EVERY = 0.05
 """Seconds between looks for an answer that another process is waiting for."""
@@ -33,14 +39,13 @@ class Answer:
     """What HappyRobot said, or that it said nothing."""
 
     status: RunStatus | None = None
-    record: RunRecord | None = None
-    """All of it, for the one who asked, where one request brings it all."""
-    mine: bool = False
-    """Whether this is the one who asked; the others share the answer."""
     asked: bool = True
-    """Whether HappyRobot was asked at all: it is not while its pace is used up."""
+    """Whether HappyRobot was asked, and had the time to answer: it is not while its pace is used up."""
     heard: bool = False
     """Whether it spoke of the run, if only in a word that we do not know."""
+
+
+_NOT_ASKED = Answer(asked=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +54,17 @@ class _Shared:
     until: float
 
 
+TakeIn = Callable[[str, RunRecord | None], Awaitable[None]]
+"""Is told what HappyRobot said about a run, None if only that it knows it, before those who asked are."""
+
+
 class Lookups:
     """One request per run and two seconds, for all browsers and workers of all processes."""
 
-    def __init__(self, settings: Settings, happyrobot: HappyRobot, redis: Redis) -> None:
+    def __init__(self, settings: Settings, happyrobot: HappyRobot, redis: Redis, take_in: TakeIn) -> None:
         self._happyrobot = happyrobot
         self._redis = redis
+        self._take_in = take_in
         self._breaker = Breaker()
         # Runs have their ids from HappyRobot: whoever asks the same one asks the same question.
         host = hashlib.blake2b(settings.happyrobot_api_url.encode(), digest_size=8).hexdigest()
@@ -74,44 +84,50 @@ class Lookups:
             await asyncio.gather(*asking, return_exceptions=True)
 
     async def ask(self, run_id: str, effort: Effort, *, anew: bool = False) -> Answer:
-        """What HappyRobot says about a run: a shared answer, or with `anew` one that it gives from now on."""
-        if not anew and (recent := self._fresh(run_id)) is not None:
+        """What HappyRobot says about a run: a shared answer, or with `anew` one that it gives from now on.
+
+        What it says is taken in by then. Who waits in vain, for as long as its effort allows, leaves the question under
+        way: the answer is taken in all the same.
+        """
+        if anew:
+            await self._outwait(run_id, effort)
+        if effort is BACKGROUND:
+            # Last, so that turns are not saved up; but before anybody else could come to wait for this question.
+            try:
+                await self._happyrobot.turn(effort)
+            except NoTurn:
+                return _NOT_ASKED
+        recent = self._fresh(run_id)
+        if recent is not None and (recent.answer.asked or effort is not BACKGROUND):
             return recent.answer
         asking = self._asking.get(run_id)
-        if anew or asking is None:
-            if asking is not None:
-                await asyncio.wait([asking])
-            asking = asyncio.create_task(self._ask(run_id, effort, anew=anew))
+        if asking is None:
+            asking = asyncio.create_task(self._ask(run_id, effort))
             self._asking[run_id] = asking
             asking.add_done_callback(lambda done: self._forget(run_id, done))
-        # Shielded: a browser that hangs up takes nobody else's answer with it.
-        return (await asyncio.shield(asking)).answer
+        done, _ = await asyncio.wait([asking], timeout=effort.timeout)
+        return asking.result().answer if done else _NOT_ASKED
 
     def _fresh(self, run_id: str) -> _Shared | None:
         recent = self._recent.get(run_id)
         return recent if recent is not None and recent.until > time.monotonic() else None
 
     def _forget(self, run_id: str, done: asyncio.Task[_Shared]) -> None:
-        if self._asking.get(run_id) is done:
-            del self._asking[run_id]
+        del self._asking[run_id]
         if not done.cancelled():
             done.exception()  # whoever waits has it
 
-    async def _ask(self, run_id: str, effort: Effort, *, anew: bool) -> _Shared:
-        if anew:
-            await self._outwait(run_id)
-        if effort is BACKGROUND:
-            # It may wait long for its turn, and holds up nobody who asks about the same run meanwhile.
-            try:
-                await self._happyrobot.turn(effort)
-            except NoTurn:
-                return _Shared(Answer(asked=False), 0)
-        mine = await self._breaker.call(lambda: self._claim(run_id, effort), lambda: self._claim_alone(run_id))
+    async def _ask(self, run_id: str, effort: Effort) -> _Shared:
+        mine = await self._breaker.call(lambda: self._claim(run_id, effort), self._claim_alone)
         if not mine:
             return await self._breaker.call(lambda: self._theirs(run_id, effort), self._nothing)
-        shared = await self._upstream(run_id, effort)
-        self._remember(run_id, shared)
-        await self._breaker.call(lambda: self._tell(run_id, shared), self._told_nobody)
+        shared = _Shared(_NOT_ASKED, 0)
+        try:
+            shared = await self._upstream(run_id, effort)
+        finally:
+            # Also where it could not be taken in: the next one who asks need not wait until the claim is over.
+            self._remember(run_id, shared)
+            await self._breaker.call(lambda: self._tell(run_id, shared), self._told_nobody)
         return shared
 
     async def _upstream(self, run_id: str, effort: Effort) -> _Shared:
@@ -119,49 +135,52 @@ class Lookups:
         try:
             if effort is not BACKGROUND:
                 await self._happyrobot.turn(effort)
-            asked_at = time.monotonic()
-            left = Effort(0, effort.timeout - (asked_at - started))
-            record = await self._happyrobot.run(run_id, left, turn_taken=True)
+                started = time.monotonic()
+            record = await self._happyrobot.run(run_id, Effort(0, LONGEST_ANSWER), turn_taken=True)
         except NoTurn:
-            return _Shared(Answer(asked=False), started + SHARED_FOR)
+            return _Shared(_NOT_ASKED, started + SHARED_FOR)
+        except Unreadable:
+            record = None
         except NoAnswer:
             return _Shared(Answer(), started + SHARED_FOR)
-        whole = None if self._happyrobot.reads_v2 else record
-        return _Shared(Answer(record.run_status, whole, mine=True, heard=True), asked_at + SHARED_FOR)
+        await self._take_in(run_id, record)
+        until = max(started + SHARED_FOR, time.monotonic() + _SHARED_AT_LEAST)
+        return _Shared(Answer(record.run_status if record else None, heard=True), until)
 
     def _remember(self, run_id: str, shared: _Shared) -> None:
         now = time.monotonic()
         for stale in [known for known, answer in self._recent.items() if answer.until <= now]:
             del self._recent[stale]
-        # Only the status is for others: whoever keeps records has been given this one.
-        answer = replace(shared.answer, record=None, mine=False)
-        self._recent[run_id] = _Shared(answer, shared.until)
+        self._recent[run_id] = shared
 
     # What the processes tell each other, in Redis.
 
-    async def _outwait(self, run_id: str) -> None:
-        """Waits until an answer from before now serves nobody any more, or somebody has begun to ask for a new one."""
-        deadline = time.monotonic() + SHARED_FOR + POLL.timeout
+    async def _outwait(self, run_id: str, effort: Effort) -> None:
+        """Waits until neither an answer nor a question from before now is there to be shared."""
+        deadline = time.monotonic() + SHARED_FOR + effort.timeout
         while time.monotonic() < deadline:
-            left = await self._breaker.call(lambda: self._left(run_id), lambda: self._left_alone(run_id))
-            if left <= 0:
+            left = max(self._left_here(run_id), await self._breaker.call(lambda: self._left(run_id), self._none_left))
+            if left <= 0 and run_id not in self._asking:
                 return
-            await asyncio.sleep(min(left, 5 * _LOOK_EVERY))
+            await asyncio.sleep(min(max(left, _LOOK_EVERY), 5 * _LOOK_EVERY))
 
     async def _left(self, run_id: str) -> float:
         return float(await self._redis.pttl(self._prefix + run_id)) / 1000
 
-    async def _left_alone(self, run_id: str) -> float:
+    async def _none_left(self) -> float:
+        return 0
+
+    def _left_here(self, run_id: str) -> float:
         recent = self._fresh(run_id)
         return recent.until - time.monotonic() if recent is not None else 0
 
     async def _claim(self, run_id: str, effort: Effort) -> bool:
-        # For as long as the request may take: should this process be killed, others go without an answer until then.
-        longest = effort.timeout if effort is BACKGROUND else effort.patience + effort.timeout
-        return bool(await self._redis.set(self._prefix + run_id, _UNDER_WAY, nx=True, px=round((longest + 1) * 1000)))
+        # For as long as the question may take: should this process be killed, others go without an answer until then.
+        longest = LONGEST_ANSWER + (0 if effort is BACKGROUND else effort.patience) + 1
+        return bool(await self._redis.set(self._prefix + run_id, _UNDER_WAY, nx=True, px=round(longest * 1000)))
 
-    async def _claim_alone(self, run_id: str) -> bool:
-        return self._fresh(run_id) is None
+    async def _claim_alone(self) -> bool:
+        return True
 
     async def _theirs(self, run_id: str, effort: Effort) -> _Shared:
         """The answer that another process has, or waits for."""
@@ -183,7 +202,7 @@ class Lookups:
         return await self._nothing()
 
     async def _nothing(self) -> _Shared:
-        return _Shared(Answer(asked=False), 0)
+        return _Shared(_NOT_ASKED, 0)
 
     async def _tell(self, run_id: str, shared: _Shared) -> None:
         if not shared.answer.asked:

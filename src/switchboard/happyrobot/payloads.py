@@ -1,6 +1,7 @@
 """What HappyRobot sends: callbacks in the guide's form and as CloudEvents."""
 
 import hashlib
+import json
 import math
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -8,8 +9,8 @@ from types import NoneType
 from typing import Annotated, Any
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError, to_json
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic_core import PydanticCustomError, from_json, to_json
 
 from switchboard.bodies import Id, ShortText, Text, check
 from switchboard.events import NewEvent
@@ -192,13 +193,46 @@ def _read_guide_callback(callback: CallbackIn, raw: bytes) -> NewEvent:
     )
 
 
-class TriggerAnswer(BaseModel):
-    """What a hook answers; every field is optional there, but without a run nothing was started."""
+_ID: TypeAdapter[str] = TypeAdapter(Annotated[Id, Strict()])
+_MOST_DIGITS = 4000
 
-    run_id: Id | None = None
-    queued_run_ids: list[Id] | None = None
 
-    @property
-    def run_ids(self) -> list[str]:
-        """The runs, each once, in HappyRobot's order."""
-        return list(dict.fromkeys(self.queued_run_ids or ([self.run_id] if self.run_id else [])))
+def read_json(raw: bytes) -> Any:
+    """Reads an answer of HappyRobot's as far as it can be read. Raises ValueError where it is no JSON at all.
+
+    Callbacks must be strict JSON, for they are stored as they are. What HappyRobot answers is read into our own shapes
+    field by field, and half an emoji in a transcript must not make the whole answer worthless.
+    """
+    try:
+        return from_json(raw)
+    except ValueError:
+        pass
+    try:
+        # Python's own reader takes lone surrogates, deeper nesting, and, told so, numbers of any length.
+        return json.loads(raw, parse_int=_number)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _number(digits: str) -> int | float:
+    return int(digits) if len(digits) < _MOST_DIGITS else float(digits)
+
+
+def started_runs(answer: Any) -> list[str]:
+    """The runs that a hook's answer names, each once, in HappyRobot's order.
+
+    Every field is optional there. What is no id is passed over: a run that was named beside it is under way.
+    """
+    if not isinstance(answer, dict):
+        return []
+    queued = answer.get("queued_run_ids")
+    named = [run_id for run_id in queued if _is_id(run_id)] if isinstance(queued, list) else []
+    return list(dict.fromkeys(named or filter(_is_id, [answer.get("run_id")])))
+
+
+def _is_id(value: Any) -> bool:
+    try:
+        _ID.validate_python(value)
+    except ValidationError:
+        return False
+    return True

@@ -126,6 +126,24 @@ class RunRecord(_Record):
         """Whether HappyRobot has already deleted something of the transcript: an older copy is better."""
         return any(message.data_deleted for session in self.sessions for message in session.messages)
 
+    def over_older(self, older: "RunRecord") -> "RunRecord":
+        """This record, with what HappyRobot no longer has of an older one.
+
+        What people say of a call (its issues, their verdict) comes after it; what was said in it goes in time.
+        """
+        kept: dict[str, Any] = {}
+        if self.hollow or _length(self) < _length(older):
+            kept["sessions"] = older.sessions
+        if any(output.data_deleted for output in self.outputs) or len(self.outputs) < len(older.outputs):
+            kept["outputs"] = older.outputs
+        if self.version is None:
+            kept["version"] = older.version
+        return self.model_copy(update=kept)
+
+
+def _length(record: RunRecord) -> int:
+    return sum(len(session.messages) for session in record.sessions)
+
 
 class Recording(_Record):
     """A link to the sound of one session."""
@@ -192,14 +210,18 @@ _Dated = TypeVar("_Dated", Message, Session, Output)
 
 
 def in_order(items: list[_Dated]) -> list[_Dated]:
-    """Oldest first, if all say when they were; as given otherwise."""
-    moments = [item.timestamp for item in items if item.timestamp is not None]
-    if len(moments) < len(items):
+    """Oldest first. One that does not say when it was stays behind the one that it follows."""
+    dated = [item.timestamp for item in items if item.timestamp is not None]
+    if not dated:
         return items
-    if moments != sorted(moments) and moments == sorted(moments, reverse=True):
-        # Given newest first: those of one instant stand the wrong way round, too, and sorting would leave them so.
-        moments, items = moments[::-1], items[::-1]
-    return [item for _, item in sorted(zip(moments, items, strict=True), key=lambda pair: pair[0])]
+    # Given newest first, those of one instant stand the wrong way round, too, and sorting would leave them so.
+    newest_first = dated != sorted(dated) and dated == sorted(dated, reverse=True)
+    moment, moments = min(dated), []
+    given = items[::-1] if newest_first else items
+    for item in given:
+        moment = item.timestamp or moment
+        moments.append(moment)
+    return [item for _, item in sorted(zip(moments, given, strict=True), key=lambda pair: pair[0])]
 
 
 # Their parts
@@ -332,8 +354,12 @@ def _object(value: Any) -> _Json:
     return value if isinstance(value, dict) else {}
 
 
+# More than any call has; an answer that is made to be slow is not read to its end.
+_MOST_OBJECTS = 20_000
+
+
 def _objects(value: Any) -> list[_Json]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    return [item for item in value[:_MOST_OBJECTS] if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _page(body: Any) -> tuple[list[_Json], bool]:
@@ -341,8 +367,12 @@ def _page(body: Any) -> tuple[list[_Json], bool]:
     return _objects(page.get("data")), _object(page.get("pagination")).get("has_next_page") is True
 
 
+# What neither PostgreSQL nor a browser would take.
+_NO_CHARACTER = re.compile("[\x00\ud800-\udfff]")
+
+
 def _text(value: Any) -> str | None:
-    return value.replace("\x00", "\N{REPLACEMENT CHARACTER}") if isinstance(value, str) else None
+    return _NO_CHARACTER.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else None
 
 
 def _integer(value: Any) -> int | None:

@@ -1,6 +1,6 @@
 """HappyRobot's records of runs that are over, kept: HappyRobot itself forgets them after a while."""
 
-from sqlalchemy import exists, select
+from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -8,22 +8,28 @@ from switchboard.happyrobot.records import RunRecord
 from switchboard.tables import run_records
 
 
-async def keep(db: AsyncEngine, run_id: str, record: RunRecord) -> None:
-    """Keeps a record; the first one stays. One whose content HappyRobot has deleted already is not worth it."""
-    if record.hollow:
-        return
+async def keep(db: AsyncEngine, run_id: str, record: RunRecord) -> RunRecord:
+    """Keeps a record, with what only an older one still has; returns what is kept.
+
+    One whose content HappyRobot has deleted already is not worth it, if it is the first.
+    """
     async with db.begin() as conn:
-        await conn.execute(
-            upsert(run_records)
-            .values(run_id=run_id, record=record.model_dump(mode="json"))
-            .on_conflict_do_nothing(index_elements=["run_id"])
-        )
+        older = await kept(conn, run_id, and_hold=True)
+        if older is None and record.hollow:
+            return record
+        newest = record if older is None else record.over_older(older)
+        if newest != older:
+            stored = newest.model_dump(mode="json")
+            await conn.execute(
+                upsert(run_records)
+                .values(run_id=run_id, record=stored)
+                .on_conflict_do_update(index_elements=["run_id"], set_={"record": stored})
+            )
+    return newest
 
 
-async def is_kept(conn: AsyncConnection, run_id: str) -> bool:
-    return bool(await conn.scalar(select(exists().where(run_records.c.run_id == run_id))))
-
-
-async def kept(conn: AsyncConnection, run_id: str) -> RunRecord | None:
-    found = await conn.scalar(select(run_records.c.record).where(run_records.c.run_id == run_id))
+async def kept(conn: AsyncConnection, run_id: str, *, and_hold: bool = False) -> RunRecord | None:
+    """The kept record; held against other writers until the end of the transaction, if wanted."""
+    query = select(run_records.c.record).where(run_records.c.run_id == run_id)
+    found = await conn.scalar(query.with_for_update() if and_hold else query)
     return None if found is None else RunRecord.model_validate(found)

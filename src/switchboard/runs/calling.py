@@ -16,7 +16,6 @@ from switchboard.events import Timestamp
 from switchboard.happyrobot.client import POLL, CurrentHappyRobot
 from switchboard.happyrobot.lookups import CurrentLookups
 from switchboard.happyrobot.records import Recording
-from switchboard.runs.asking import ask
 from switchboard.runs.cancel import Canceler
 from switchboard.runs.details import DetailsOut, details, recordings
 from switchboard.runs.intake import CurrentIntake
@@ -100,7 +99,6 @@ async def trigger(
 async def status(
     db: Db,
     lookups: CurrentLookups,
-    intake: CurrentIntake,
     settings: CurrentSettings,
     run_id: Annotated[Id, Query()],
 ) -> StatusOut:
@@ -113,7 +111,7 @@ async def status(
     source: Literal["happyrobot", "database"] = "database"
     standing = Standing(RunStatus(run.status), run.timed_out)
     if not standing.over or standing.timed_out:
-        answer = await ask(db, lookups, intake, run_id, standing, POLL)
+        answer = await lookups.ask(run_id, POLL)
         if answer.status is not None:
             source = "happyrobot"
             if advance(standing, answer.status) != standing:
@@ -136,13 +134,13 @@ async def status(
     summary="Read HappyRobot's record of a run",
     responses=described(400, 401, 404, 409),
 )
-async def read_details(db: Db, happyrobot: CurrentHappyRobot, run_id: RunId) -> DetailsOut:
+async def read_details(db: Db, happyrobot: CurrentHappyRobot, intake: CurrentIntake, run_id: RunId) -> DetailsOut:
     """Sessions with their transcripts, outputs, issues, version and recordings, as HappyRobot has them.
 
     The record of a run that is over is kept, and outlives HappyRobot's; links to recordings are made for each answer.
     """
     await _find(db, run_id)
-    return await details(db, happyrobot, run_id)
+    return await details(db, happyrobot, intake, run_id)
 
 
 @router.get(

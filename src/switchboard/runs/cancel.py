@@ -5,17 +5,16 @@ from uuid import NAMESPACE_OID, uuid5
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from switchboard import jobs
 from switchboard.errors import Conflict, NotConfigured, UpstreamFailed
 from switchboard.events import NewEvent
-from switchboard.happyrobot.client import BACKGROUND, READ, Effort, HappyRobot, NoAnswer, Refused
+from switchboard.happyrobot.client import BACKGROUND, POLL, READ, Effort, HappyRobot, NoAnswer, Refused
 from switchboard.happyrobot.lookups import Lookups
 from switchboard.happyrobot.payloads import platform_status
-from switchboard.jobs import CANCEL, Job
-from switchboard.runs.asking import ask
 from switchboard.runs.intake import Intake
 from switchboard.runs.queries import find_run, found
 from switchboard.runs.status import Standing
-from switchboard.tables import RunStatus
+from switchboard.tables import FINAL, RunStatus
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +48,19 @@ class Canceler:
                 "cancel_requested",
                 # Wished for once, however often the button is pressed.
                 dedupe_key=uuid5(NAMESPACE_OID, f"switchboard cancel {run_id}"),
-                then=Job(CANCEL, run_id, _AGAIN_AFTER),
+                then=jobs.Job(jobs.CANCEL, run_id, _AGAIN_AFTER),
             )
         )
         try:
-            await self._ask(run_id, READ)
+            await self._ask(run_id, READ, POLL)
         except NoAnswer as error:
             log.warning("run %s is to be canceled, but %s; it will be asked again", run_id, error)
         except Refused as error:
+            async with self._db.begin() as conn:
+                # A caller who is told that it cannot be done must not find it done a little later.
+                await jobs.drop(conn, jobs.CANCEL, run_id)
             # Most likely it has ended in the meantime.
-            standing = await self._standing(run_id)
-            await ask(self._db, self._lookups, self._intake, run_id, standing, READ, anew=True)
+            await self._lookups.ask(run_id, READ, anew=True)
             self._refuse_if_over(await self._standing(run_id))
             raise UpstreamFailed("HappyRobot refused to cancel the run", detail=str(error)) from error
         return (await self._standing(run_id)).status
@@ -68,24 +69,26 @@ class Canceler:
         """Asks once more; seconds until the next attempt, None when there is no use in one."""
         async with self._db.connect() as conn:
             run = await find_run(conn, run_id)
-        if run is None or Standing(RunStatus(run.status), run.timed_out).over or attempt >= _ATTEMPTS:
+        if run is None or attempt >= _ATTEMPTS:
+            return None
+        if RunStatus(run.status) in FINAL and not run.timed_out:
             return None
         try:
-            await self._ask(run_id, BACKGROUND)
+            await self._ask(run_id, BACKGROUND, BACKGROUND)
         except NoAnswer:
             return min(_AGAIN_AFTER * float(2**attempt), _LONGEST_PAUSE)
         except Refused as error:
             log.warning("run %s cannot be canceled: %s", run_id, error)
         return None
 
-    async def _ask(self, run_id: str, effort: Effort) -> None:
-        word = platform_status(await self._happyrobot.cancel(run_id, effort))
+    async def _ask(self, run_id: str, to_cancel: Effort, to_look: Effort) -> None:
+        word = platform_status(await self._happyrobot.cancel(run_id, to_cancel))
         if word is RunStatus.CANCELED:
             data = {"reason": "cancel_requested"}
             await self._intake.take(NewEvent(run_id, "canceled", data, word, only_if_it_moves=True))
         else:
             # It was heard; what came of it, the run itself says.
-            await ask(self._db, self._lookups, self._intake, run_id, await self._standing(run_id), effort, anew=True)
+            await self._lookups.ask(run_id, to_look, anew=True)
 
     async def _standing(self, run_id: str) -> Standing:
         async with self._db.connect() as conn:

@@ -1,4 +1,4 @@
-"""HappyRobot's own record of a run: asked for while the run is under way, kept once it is over."""
+"""HappyRobot's own record of a run: asked for each time, and kept once the run is over, for when it cannot be."""
 
 import asyncio
 from typing import Literal
@@ -10,6 +10,8 @@ from switchboard.errors import NotConfigured, NotFound, Unavailable
 from switchboard.happyrobot.client import POLL, READ, Effort, HappyRobot, NoAnswer, NoKey, NotKnown
 from switchboard.happyrobot.records import Recording, RunRecord
 from switchboard.runs import archive
+from switchboard.runs.asking import take_in
+from switchboard.runs.intake import Intake
 
 
 class DetailsOut(RunRecord):
@@ -17,29 +19,32 @@ class DetailsOut(RunRecord):
 
     run_id: str
     source: Literal["happyrobot", "database"] = Field(
-        description="`database` once the run is over and its record is kept here."
+        description="`database` where HappyRobot cannot be asked, or knows the run no longer."
     )
     recordings: list[Recording] | None = Field(
         description="Links that work for a day, made for this answer; null where HappyRobot could not be asked."
     )
 
 
-async def details(db: AsyncEngine, happyrobot: HappyRobot, run_id: str) -> DetailsOut:
-    """The kept record, or HappyRobot's, which is kept if it is of a run that is over.
+async def details(db: AsyncEngine, happyrobot: HappyRobot, intake: Intake, run_id: str) -> DetailsOut:
+    """HappyRobot's record, with what only the kept one still has; the kept one where HappyRobot gives none.
 
     Raises NotFound, Unavailable or NotConfigured where there is neither.
     """
     async with db.connect() as conn:
         kept = await archive.kept(conn, run_id)
-    if kept is not None:
-        # What matters is here: nobody waits long for the rest.
-        links = await _recordings_if_possible(happyrobot, run_id, POLL)
-        return DetailsOut(**dict(kept), run_id=run_id, source="database", recordings=links)
-    record, links = await asyncio.gather(_asked(happyrobot, run_id), _recordings_if_possible(happyrobot, run_id, READ))
+    # Where the conversation is here already, nobody waits long for what may have been said of it since.
+    effort = READ if kept is None else POLL
+    record, links = await asyncio.gather(
+        _asked(happyrobot, run_id, effort), _recordings_if_possible(happyrobot, run_id, effort)
+    )
     if isinstance(record, NoAnswer):
-        raise _said(record)
+        if kept is None:
+            raise _said(record)
+        return DetailsOut(**dict(kept), run_id=run_id, source="database", recordings=links)
+    await take_in(db, intake, run_id, record)
     if record.over:
-        await archive.keep(db, run_id, record)
+        record = await archive.keep(db, run_id, record)
     return DetailsOut(**dict(record), run_id=run_id, source="happyrobot", recordings=links)
 
 
@@ -58,10 +63,10 @@ async def _recordings_if_possible(happyrobot: HappyRobot, run_id: str, effort: E
         return None
 
 
-async def _asked(happyrobot: HappyRobot, run_id: str) -> RunRecord | NoAnswer:
+async def _asked(happyrobot: HappyRobot, run_id: str, effort: Effort) -> RunRecord | NoAnswer:
     # Returned and not raised: the one who also waits for recordings is not to be cancelled by it.
     try:
-        return await happyrobot.record(run_id, READ)
+        return await happyrobot.record(run_id, effort)
     except NoAnswer as error:
         return error
 

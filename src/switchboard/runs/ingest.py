@@ -1,12 +1,14 @@
 """The one writer: everything that happens to a run is written here, in the order in which readers see it."""
 
 from collections.abc import Collection, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
     Boolean,
+    Interval,
     Row,
     String,
     Text,
@@ -31,7 +33,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.events import Event, NewEvent
-from switchboard.jobs import CHECK, RECONCILE, Job, enqueue
+from switchboard.jobs import CHECK, RECONCILE, Job, enqueue, hasten, is_asleep
 from switchboard.runs.sorting import (
     NewRuns,
     News,
@@ -75,7 +77,8 @@ async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after:
     """
     await conn.execute(_TURN)
     events = [item for item in news if isinstance(item, NewEvent)]
-    runs = await _load_runs(conn, {event.run_id for event in events})
+    soon = timedelta(seconds=reconcile_after)
+    runs = await _load_runs(conn, {event.run_id for event in events}, soon)
     await _load_newest_events(conn, [runs[event.run_id] for event in events if _depends(event, runs)])
     starts = [
         *(item for item in news if isinstance(item, NewRuns)),
@@ -86,7 +89,7 @@ async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after:
     beginnings = [event for start in starts for event in await _insert_runs(conn, start)]
     if starts:
         # Also the known ones: they may have got an execution.
-        runs |= await _load_runs(conn, {run_id for start in starts for run_id in start.run_ids})
+        runs |= await _load_runs(conn, {run_id for start in starts for run_id in start.run_ids}, soon)
     claimed = await _claim(conn, [run.run_id for run in runs.values() if run.has_held])
     sorting = Sorting(runs, await _seen(conn, [*claimed, *events]))
     for event in (*beginnings, *claimed):
@@ -99,6 +102,13 @@ async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after:
     await _move_executions(
         conn,
         {run.execution_id for run in moved if run.execution_id is not None} | {start.execution_id for start in starts},
+    )
+    spoke = {event.run_id for event in written}
+    await hasten(
+        conn,
+        RECONCILE,
+        [run.run_id for run in runs.values() if run.run_id in spoke and run.oversleeps],
+        reconcile_after,
     )
     ended = [run.run_id for run in moved if run.now.over and not run.now.timed_out]
     await enqueue(
@@ -239,15 +249,25 @@ _LOAD_RUNS = select(
     type_coerce(_METADATA, JSONB).has_key("error").label("has_error"),
     # Where somebody else than us wrote the row, nobody has claimed them yet.
     exists().where(held_callbacks.c.run_id == agent_runs.c.run_id).label("has_held"),
+    # It had been silent for long, so that its next question is far off.
+    is_asleep(RECONCILE, agent_runs.c.run_id, bindparam("soon", type_=Interval)).label("asleep"),
 ).where(agent_runs.c.run_id == any_(bindparam("run_ids", type_=ARRAY(String))))
 
 
-async def _load_runs(conn: AsyncConnection, run_ids: Collection[str]) -> dict[str, Run]:
+async def _load_runs(conn: AsyncConnection, run_ids: Collection[str], soon: timedelta) -> dict[str, Run]:
     runs = {}
-    for row in await conn.execute(_LOAD_RUNS, {"run_ids": list(run_ids)}):
+    for row in await conn.execute(_LOAD_RUNS, {"run_ids": list(run_ids), "soon": soon}):
         standing = Standing(RunStatus(row.status), row.timed_out)
-        known = {name for name, there in (("result", row.has_result), ("error", row.has_error)) if there}
-        runs[row.run_id] = Run(row.run_id, row.context_id, row.execution_id, standing, standing, known, row.has_held)
+        runs[row.run_id] = Run(
+            row.run_id,
+            row.context_id,
+            row.execution_id,
+            standing,
+            standing,
+            known={name for name, there in (("result", row.has_result), ("error", row.has_error)) if there},
+            has_held=row.has_held,
+            asleep=row.asleep,
+        )
     return runs
 
 

@@ -11,11 +11,10 @@ from switchboard.events import NewEvent
 from switchboard.happyrobot.client import BACKGROUND, HappyRobot, NoAnswer
 from switchboard.happyrobot.lookups import Lookups
 from switchboard.runs import archive
-from switchboard.runs.asking import ask
 from switchboard.runs.intake import Intake
 from switchboard.runs.status import Standing
 from switchboard.settings import Settings
-from switchboard.tables import RunStatus, agent_runs, run_events, run_records
+from switchboard.tables import FINAL, RunStatus, agent_runs, run_events, run_records
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +22,7 @@ LONGEST_PAUSE = 300.0
 """Seconds between two questions about a run that is under way, at most."""
 
 _LONGEST_PAUSE_AFTERWARDS = 3600.0
-_GIVE_UP_AFTER = 86_400.0
+GIVE_UP_AFTER = 86_400.0
 """Seconds between questions about a run that only we hold for dead, or whose record is missing; and how long it is
 asked about at all."""
 
@@ -57,7 +56,7 @@ class Patience:
         The first question comes after `reconcile_after`, the next ones after as long again as the silence has lasted.
         """
         if watch.standing.over:
-            if watch.silent > _GIVE_UP_AFTER or (watch.kept and not watch.standing.timed_out):
+            if watch.silent > GIVE_UP_AFTER or (watch.kept and not watch.standing.timed_out):
                 return None
             return min(max(watch.silent, self.reconcile_after), _LONGEST_PAUSE_AFTERWARDS)
         if watch.silent < self.reconcile_after:
@@ -128,7 +127,10 @@ class Reconciler:
         return await self._look(run_id, watch, anew=False)
 
     async def check(self, run_id: str) -> float | None:
-        """Asks about a run at once; seconds until the next look if it is over and its record is missing."""
+        """Asks about a run at once; seconds until the next look if it is over and its record is missing.
+
+        Of one that is not over the next look is `reconcile`'s.
+        """
         watch = await _watch(self._db, run_id)
         if watch is None:
             return None
@@ -141,7 +143,7 @@ class Reconciler:
             return await self._fetch_record(run_id, watch)
         heard = False
         if self._happyrobot.can_be_asked:
-            answer = await ask(self._db, self._lookups, self._intake, run_id, watch.standing, BACKGROUND, anew=anew)
+            answer = await self._lookups.ask(run_id, BACKGROUND, anew=anew)
             if not answer.asked:
                 return _NO_TURN_PAUSE
             heard = answer.heard
@@ -177,16 +179,15 @@ class Reconciler:
         answer = await self._lookups.ask(run_id, BACKGROUND, anew=True)
         if not answer.asked:
             return _NO_TURN_PAUSE
-        record = answer.record
-        if record is None and answer.status is not None:
+        now = await _watch(self._db, run_id)
+        if now is None or now.kept:
+            return None  # its record came with the answer
+        # What follows the call may take HappyRobot a while.
+        if answer.status in FINAL or (answer.heard and watch.silent >= _LONGEST_PAUSE_AFTERWARDS):
             try:
-                record = await self._happyrobot.record(run_id, BACKGROUND)
+                await archive.keep(self._db, run_id, await self._happyrobot.record(run_id, BACKGROUND))
             except NoAnswer as error:
                 log.debug("no record of run %s yet: %s", run_id, error)
-        if record is None:
-            return jittered(pause)
-        # What follows the call may take HappyRobot a while.
-        if not record.over and watch.silent < _LONGEST_PAUSE_AFTERWARDS:
-            return jittered(pause)
-        await archive.keep(self._db, run_id, record)
-        return None
+            else:
+                return None
+        return jittered(pause)

@@ -96,6 +96,8 @@ class Run:
     known: set[str]
     """Which of `result` and `error` its metadata holds."""
     has_held: bool
+    asleep: bool = False
+    """Whether HappyRobot is to be asked about it later than it is about a run that has just spoken."""
     newest_event: int | None = None
     """Loaded only where somebody's news depend on it."""
     gained: dict[str, Any] = field(default_factory=dict)
@@ -104,6 +106,16 @@ class Run:
     @property
     def changed(self) -> bool:
         return self.now != self.before or bool(self.gained)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether HappyRobot may have something to say that we do not know: it is not over, or only by our guess."""
+        return not self.now.over or self.now.timed_out
+
+    @property
+    def oversleeps(self) -> bool:
+        """Whether, having spoken, it should be asked about sooner."""
+        return self.asleep and self.unsettled
 
     def take(self, event: NewEvent) -> bool:
         """Moves the run as the event says, and keeps a result or an error that comes with its end.
@@ -147,6 +159,8 @@ class Sorting:
             self.early.append(event)
             return Held()
         if event.dedupe_key in self.seen:
+            if event.then is not None and run.unsettled:
+                self.jobs.append(event.then)  # what was to be done then may be over, and in vain
             return Duplicate()
         if event.only_after is not None and run.newest_event != event.only_after:
             return Unchanged()
@@ -156,7 +170,7 @@ class Sorting:
         if event.dedupe_key is not None:
             self.seen.add(event.dedupe_key)
         run.newest_event = None  # it is this one, whose id is not known yet
-        if event.session_ended and not run.now.over:
+        if event.session_ended and run.unsettled:
             self.jobs.append(Job(CHECK, run.run_id))
         if event.then is not None:
             self.jobs.append(event.then)

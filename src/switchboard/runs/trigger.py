@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _PAUSES = (0.2, 1.0, 3.0)
 """Seconds between attempts to record runs that HappyRobot has started."""
 
+STOPPED = "The service stopped before HappyRobot's answer was known"
+
 _MARGIN = 60.0
 """Seconds beyond the trigger's own time limits after which its process counts as gone."""
 
@@ -99,6 +101,10 @@ async def start(
         run_ids = await happyrobot.trigger(workflow.hook, payload)
     except HappyRobotError as error:
         raise await _unconfirmed(intake, execution_id, error) from error
+    except asyncio.CancelledError:
+        # The service stops, and has waited for as long as it could.
+        await _unconfirmed(intake, execution_id, Unknown(STOPPED))
+        raise
     name = request.name or DEFAULT_NAME
     await _record(intake, NewRuns(execution_id, workflow_id, request.context_id, name, request.description, run_ids))
     return TriggerOut(success=True, run_ids=run_ids, execution_id=execution_id)

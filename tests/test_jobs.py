@@ -1,0 +1,171 @@
+"""The job queue: what comes first, what comes sooner, and that no job is lost."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import httpx
+import pytest
+import respx
+from pgqueuer.adapters.drivers.asyncpg import AsyncpgDriver
+from pgqueuer.adapters.persistence.queries import Queries
+from pgqueuer.ports.repository import EntrypointExecutionParameter
+from sqlalchemy import select, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from switchboard import database, jobs
+from switchboard.jobs import CHECK, RECONCILE, Job
+from switchboard.runs.sweep import sweep
+from switchboard.tables import agent_runs
+from tests.conftest import Servers, Service, insert_run, new_database, running_service, settings_for, until
+
+
+@pytest.fixture
+async def own_database(servers: Servers, template: str) -> AsyncIterator[str]:
+    """A database of its own: the jobs of other tests are not for these workers."""
+    async with new_database(servers, template) as url:
+        yield url
+
+
+@pytest.fixture
+async def own_db(own_database: str) -> AsyncIterator[AsyncEngine]:
+    engine = database.connect(own_database)
+    yield engine
+    await engine.dispose()
+
+
+async def enqueue(db: AsyncEngine, *wanted: Job) -> None:
+    async with db.begin() as conn:
+        await jobs.enqueue(conn, wanted)
+
+
+async def let_time_pass(db: AsyncEngine, seconds: float) -> None:
+    async with db.begin() as conn:
+        await conn.execute(
+            text("UPDATE switchboard_pgqueuer SET execute_after = execute_after - make_interval(secs => :s)"),
+            {"s": seconds},
+        )
+
+
+async def waiting(db: AsyncEngine, subject: str) -> Any:
+    """The one job about a subject: its status and the seconds until it is due."""
+    query = text(
+        "SELECT id, status::text, extract(epoch FROM execute_after - now())::float AS due "
+        "FROM switchboard_pgqueuer WHERE convert_from(payload, 'utf8') = :subject"
+    )
+    async with db.connect() as conn:
+        return (await conn.execute(query, {"subject": subject})).one()
+
+
+async def picked(url: str, number: int = 10) -> Sequence[Any]:
+    """The jobs that PgQueuer gives a worker now, in its order."""
+    connection = await asyncpg.connect(database.dsn(url))
+    try:
+        anything = EntrypointExecutionParameter(concurrency_limit=0)
+        return await jobs.queries(AsyncpgDriver(connection)).dequeue(
+            number,
+            dict.fromkeys((RECONCILE, CHECK), anything),  # type: ignore[arg-type]  # its names are a NewType
+            uuid4(),  # type: ignore[arg-type]
+            None,
+            timedelta(seconds=30),
+        )
+    finally:
+        await connection.close()
+
+
+async def test_what_is_due_first_comes_first_and_the_urgent_before_it(own_database: str, own_db: AsyncEngine):
+    await enqueue(own_db, Job(RECONCILE, "late", 300), Job(RECONCILE, "early", 15), Job(RECONCILE, "later", 600))
+    await enqueue(own_db, Job(CHECK, "urgent"))
+    await let_time_pass(own_db, 1000)
+    assert [job.payload for job in await picked(own_database)] == [b"urgent", b"early", b"late", b"later"]
+
+
+async def test_a_job_that_puts_itself_off_is_no_longer_the_oldest(own_database: str, own_db: AsyncEngine):
+    """Else the oldest runs would be asked about for ever, and the newest never."""
+    await enqueue(own_db, Job(RECONCILE, "old", 15))
+    await enqueue(own_db, Job(RECONCILE, "new", 60))
+    async with own_db.begin() as conn:
+        await jobs.rank_behind(conn, (await waiting(own_db, "old")).id, 300)
+    await let_time_pass(own_db, 1000)
+    assert [job.payload for job in await picked(own_database)] == [b"new", b"old"]
+
+
+async def test_a_job_that_waits_is_brought_forward_and_never_put_off(own_db: AsyncEngine):
+    await enqueue(own_db, Job(RECONCILE, "run", 300))
+    async with own_db.begin() as conn:
+        await jobs.hasten(conn, RECONCILE, ["run"], 15)
+    assert 14 < (await waiting(own_db, "run")).due <= 15
+    async with own_db.begin() as conn:
+        await jobs.hasten(conn, RECONCILE, ["run"], 100)
+    assert (await waiting(own_db, "run")).due <= 15
+
+
+async def test_a_job_that_is_there_already_stays_as_it_is(own_db: AsyncEngine):
+    await enqueue(own_db, Job(RECONCILE, "run", 15))
+    await enqueue(own_db, Job(RECONCILE, "run", 300))
+    assert (await waiting(own_db, "run")).due <= 15
+
+
+async def fail(db: AsyncEngine, subject: str) -> None:
+    async with db.begin() as conn:
+        await conn.execute(
+            text("UPDATE switchboard_pgqueuer SET status = 'failed' WHERE convert_from(payload, 'utf8') = :subject"),
+            {"subject": subject},
+        )
+
+
+async def test_a_job_that_failed_comes_up_again_once(service: Service, own_database: str, own_db: AsyncEngine):
+    # Failed, failed again after a new one took its place, and failed while a new one waits.
+    await enqueue(own_db, Job(RECONCILE, "once"))
+    for _ in range(2):
+        await enqueue(own_db, Job(RECONCILE, "twice"))
+        await fail(own_db, "twice")
+    await enqueue(own_db, Job(RECONCILE, "replaced"))
+    await fail(own_db, "replaced")
+    await enqueue(own_db, Job(RECONCILE, "replaced"))
+    await fail(own_db, "once")
+    await sweep(own_db, service.state["intake"], 15)
+    assert sorted(job.payload for job in await picked(own_database)) == [b"once", b"replaced", b"twice"]
+
+
+async def test_a_job_that_could_not_be_put_off_is_not_lost(
+    own_database: str, servers: Servers, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    """PostgreSQL went away between the question and the note of when to ask again."""
+    failed = asyncio.Event()
+    genuine = Queries.retry_job
+
+    async def once_in_vain(self: Queries, *arguments: Any) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise OSError("PostgreSQL is away")
+        await genuine(self, *arguments)
+
+    monkeypatch.setattr(Queries, "retry_job", once_in_vain)
+    router = respx.MockRouter()
+    answers = iter(["running"])
+    router.get(path__regex=r"/api/v1/runs/.+").mock(
+        side_effect=lambda _: httpx.Response(200, json={"run": {"status": next(answers, "completed")}})
+    )
+    settings = settings_for(own_database, servers.redis_url, None, reconcile_after=0.2)
+    transport = httpx.MockTransport(router.async_handler)
+    async with running_service(settings, transport, worker=True) as service:
+        db = service.state["db"]
+        run_id = await insert_run(db, context_id)
+        await sweep(db, service.state["intake"], 0.1)
+        await failed.wait()
+
+        async def held() -> bool:
+            return bool((await waiting(db, run_id)).status == "failed")
+
+        await until(held)
+        await sweep(db, service.state["intake"], 0.1)
+
+        async def over() -> bool:
+            async with db.connect() as conn:
+                return await conn.scalar(select(agent_runs.c.status)) == "COMPLETED"
+
+        await until(over)
