@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,7 +22,7 @@ from switchboard.happyrobot.client import Hook
 from switchboard.sealing import SealBroken, Sealer, SecretMissing
 from switchboard.settings import Settings
 from switchboard.workflows import Workflow
-from tests.conftest import APP_SECRET, Servers, Service, Upstream, running_service, settings_for
+from tests.conftest import APP_SECRET, Said, Servers, Service, Upstream, running_service, settings_for
 
 OLD = "an-older-app-secret-which-is-long-enough-too"
 
@@ -199,29 +200,16 @@ def environment(database_url: str, servers: Servers) -> dict[str, str]:
     }
 
 
-async def command(environment: dict[str, str], *arguments: str, stdin: str = "", cwd: Path | None = None) -> Any:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "switchboard",
-        *arguments,
-        env=os.environ | environment,
-        cwd=cwd,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    out, err = await process.communicate(stdin.encode())
-    return process.returncode, out.decode(), err.decode()
-
-
 async def test_a_workflow_from_its_registration_to_its_end(
-    environment: dict[str, str], db: AsyncEngine, workflow_id: str
+    switchboard: Callable[..., Said], environment: dict[str, str], workflow_id: str
 ):
-    add = ("workflows", "add", workflow_id, "--hook-url", "https://h.example/hooks/abc", "--environment", "staging")
-    code, out, err = await command(environment, *add, "--hook-key", "-", "--json", stdin="very-secret\n")
-    assert code == 0, err
-    assert json.loads(out) == {
+    def command(*arguments: str, stdin: str = "") -> Said:
+        return switchboard("workflows", *arguments, stdin=stdin, **environment)
+
+    add = ("add", workflow_id, "--hook-url", "https://h.example/hooks/abc", "--environment", "staging")
+    done = command(*add, "--hook-key", "-", "--json", stdin="very-secret\n")
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == {
         "id": workflow_id,
         "name": None,
         "environment": "staging",
@@ -232,22 +220,23 @@ async def test_a_workflow_from_its_registration_to_its_end(
         "org_slug": None,
         "platform_id": None,
     }
-    code, _, err = await command(environment, *add, "--name", "Again")
-    assert (code, err) == (1, f"switchboard: there is a workflow {workflow_id} already; --replace takes its place\n")
-    code, out, _ = await command(environment, *add, "--name", "Again", "--replace")
-    assert (code, out) == (0, f"Workflow {workflow_id} can be started.\n")
-    code, out, _ = await command(environment, "workflows", "disable", workflow_id)
-    assert (code, out) == (0, f"Workflow {workflow_id} is disabled.\n")
-    code, out, _ = await command(environment, "workflows", "list", "--json")
-    assert code == 0
-    found = {each["id"]: each for each in json.loads(out)}
-    assert (found[workflow_id]["name"], found[workflow_id]["active"]) == ("Again", False)
-    assert found[workflow_id]["has_key"] is False, "it was replaced by one without a key"
+    taken = f"switchboard: there is a workflow {workflow_id} already; --replace takes its place\n"
+    assert command(*add, "--name", "Again") == Said(1, "", taken)
+    assert command("disable", workflow_id) == Said(0, f"Workflow {workflow_id} is disabled.\n", "")
+    done = command(*add, "--name", "Again", "--approval-url", "https://h.example/approve", "--replace")
+    assert done == Said(0, f"Workflow {workflow_id} is disabled.\n", "")
+    found = {each["id"]: each for each in json.loads(command("list", "--json").out)}
+    this = found[workflow_id]
+    assert (this["name"], this["approval_url"]) == ("Again", "https://h.example/approve")
+    assert (this["active"], this["has_key"]) == (False, True), "what was not given anew stays"
     assert found["default"]["hook_url"] == "https://h.example/hooks/default"
-    code, out, _ = await command(environment, "workflows", "enable", workflow_id, "--json")
-    assert json.loads(out)["active"] is True
-    code, out, _ = await command(environment, "workflows", "list")
-    assert "staging" in out
+    assert json.loads(command("enable", workflow_id, "--json").out)["active"] is True
+    assert "staging" in command("list").out
+    elsewhere = ("add", workflow_id, "--hook-url", "https://other.example/hooks/abc", "--replace", "--json")
+    assert json.loads(command(*elsewhere).out)["has_key"] is False, "a key is not sent to another host"
+
+
+_ADD = ("add", "x", "--hook-url")
 
 
 @pytest.mark.parametrize(
@@ -257,27 +246,43 @@ async def test_a_workflow_from_its_registration_to_its_end(
         (("disable", "default"), {}, "the workflow `default` comes from"),
         (("disable", "no-such-workflow"), {}, "there is no workflow no-such-workflow"),
         (("add", "a b", "--hook-url", "https://h/x"), {}, "an id has 1 to 255"),
-        (("add", "x", "--hook-url", "ftp://h/x"), {}, "an address must begin with http:// or https://"),
-        (("add", "x", "--hook-url", "https://h/x", "--hook-key", "ä"), {}, "a hook's key must be printable ASCII"),
-        (("add", "x", "--hook-url", "https://h/x", "--environment", "staging"), {}, "only addresses like"),
-        (("add", "x", "--hook-url", "https://h/x"), {"APP_SECRET": "short"}, "must have 32 characters or more"),
+        ((*_ADD, "ftp://h/x"), {}, "--hook-url must be an http:// or https:// address"),
+        ((*_ADD, "http://[bad"), {}, "--hook-url must be an http:// or https:// address"),
+        ((*_ADD, "https://h:99999/x"), {}, "--hook-url must be an http:// or https:// address"),
+        ((*_ADD, "https://h/x y"), {}, "--hook-url must not contain spaces"),
+        ((*_ADD, "https://h/x\ny"), {}, "--hook-url must not contain spaces"),
+        ((*_ADD, "https://u:very-secret@h/x"), {}, "--hook-url must not contain a user or a password"),
+        ((*_ADD, "https://h/x", "--approval-url", "h/x"), {}, "--approval-url must be an http:// or https://"),
+        ((*_ADD, "https://h/x", "--hook-key", "ä"), {}, "a hook's key must be printable ASCII"),
+        ((*_ADD, "https://h/x", "--hook-key", "-"), {}, "a hook's key must be printable ASCII"),
+        ((*_ADD, "https://h/x", "--name", "n" * 256), {}, "--name takes up to 255 printable characters"),
+        ((*_ADD, "https://h/x", "--platform-id", "\x00"), {}, "--platform-id takes up to 255 printable characters"),
+        ((*_ADD, "https://h/x", "--environment", "staging"), {}, "only addresses like"),
+        ((*_ADD, "https://h/x"), {"APP_SECRET": "short"}, "must have 32 characters or more"),
+        (
+            (*_ADD, "http://h/x"),
+            {"ENVIRONMENT": "production", "APP_URL": "https://a", "HAPPYROBOT_X_API_KEY": "k"},
+            "--hook-url must be an https:// address",
+        ),
     ],
 )
 async def test_what_cannot_be_done_is_said_in_a_line(
-    environment: dict[str, str], db: AsyncEngine, arguments: tuple[str, ...], variables: dict[str, str], said: str
+    switchboard: Callable[..., Said],
+    environment: dict[str, str],
+    arguments: tuple[str, ...],
+    variables: dict[str, str],
+    said: str,
 ):
-    code, out, err = await command(environment | variables, "workflows", *arguments)
-    assert code == 1
-    assert said in err
-    assert "Traceback" not in out + err
+    done = switchboard("workflows", *arguments, **environment | variables)
+    assert (done.code, done.out) == (1, "")
+    assert said in done.err
+    assert "very-secret" not in done.err
 
 
-async def test_an_old_schema_is_named(servers: Servers, environment: dict[str, str]):
-    code, _, err = await command(environment | {"DATABASE_URL": servers.database_url}, "workflows", "list")
-    assert (code, err) == (
-        1,
-        "switchboard: the database has not the newest schema; run `switchboard migrate` first\n",
-    )
+async def test_an_old_schema_is_named(switchboard: Callable[..., Said], servers: Servers, environment: dict[str, str]):
+    done = switchboard("workflows", "list", **environment | {"DATABASE_URL": servers.database_url})
+    said = "switchboard: the database has not the newest schema; run `switchboard migrate` first\n"
+    assert done == Said(1, "", said)
 
 
 def test_a_secret_is_kept_in_the_data_folder_in_development(tmp_path: Path):

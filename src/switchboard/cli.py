@@ -17,7 +17,7 @@ from switchboard import worker as background
 from switchboard.commands import workflows
 from switchboard.embedded import EmbeddedUnavailable
 from switchboard.errors import PostgresAway
-from switchboard.happyrobot.simulator import Faults, Simulator
+from switchboard.happyrobot.simulator import Faults, Shape, Simulator
 from switchboard.sealing import SecretMissing
 from switchboard.settings import Settings
 
@@ -166,6 +166,8 @@ def simulate(
     port: Annotated[int, typer.Option(help="Port to listen on, 0 for any free one.")] = 8090,
     pace: Annotated[float, typer.Option(min=0, help="Seconds between callbacks.")] = 0.4,
     faults: Annotated[str, typer.Option(help="What goes wrong, such as `duplicate,delay=2,answer=500`.")] = "",
+    shape: Annotated[Shape, typer.Option(help="Of the Platform API's answer about a run in v1.")] = "nested",
+    cloud_events: Annotated[bool, typer.Option(help="Tell of sessions as CloudEvents, too.")] = False,
     leave_with_stdin: _Hidden = False,
 ) -> None:
     """Play HappyRobot: a hook that starts calls, their callbacks, and the Platform API."""
@@ -182,6 +184,8 @@ def simulate(
         api_key=_revealed(settings.happyrobot_api_key),
         pace=pace,
         faults=chosen,
+        cloud_events=cloud_events,
+        shape=shape,
     )
     with local.listening(local.LOOPBACK, port) as listener:
         typer.echo(f"The simulator listens on http://{local.LOOPBACK}:{listener.getsockname()[1]}")

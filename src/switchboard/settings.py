@@ -16,7 +16,24 @@ _SCHEMES = {
 
 _SHORTEST_SECRET = 32
 
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+def http_address(value: str) -> str:
+    """An address that requests can be sent to. Raises ValueError, which does not repeat it: it may hold a secret."""
+    address = value.strip()
+    if not re.fullmatch(r"[^\x00-\x20\x7f]+", address):
+        raise ValueError("must not contain spaces or control characters")
+    try:
+        parts = urlsplit(address)
+        well_formed = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        well_formed = False
+    if not well_formed:
+        raise ValueError("must be an http:// or https:// address")
+    if "@" in parts.netloc:
+        raise ValueError("must not contain a user or a password")
+    return address
 
 
 class Settings(BaseSettings):
@@ -49,7 +66,7 @@ class Settings(BaseSettings):
         description="Platform API. In the EU: `https://platform.eu.happyrobot.ai/api/v1`.",
     )
     happyrobot_trigger_timeout: Seconds = Field(30, description="Seconds that a hook may take to answer a trigger.")
-    happyrobot_api_pace: Annotated[float, Field(gt=0)] = Field(
+    happyrobot_api_pace: Annotated[float, Field(gt=0, le=1000)] = Field(
         8, description="Requests a second to the Platform API, all replicas together."
     )
     happyrobot_resume_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -109,12 +126,12 @@ class Settings(BaseSettings):
     @field_validator("happyrobot_webhook_url", "happyrobot_api_url", "app_url")
     @classmethod
     def _require_http(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("must be an http:// or https:// address")
-        return value.rstrip("/")
+        return None if value is None else http_address(value)
+
+    @field_validator("happyrobot_api_url", "app_url")
+    @classmethod
+    def _drop_last_slash(cls, value: str | None) -> str | None:
+        return None if value is None else value.rstrip("/")
 
     @field_validator("database_url", "redis_url")
     @classmethod

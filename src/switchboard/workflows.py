@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 from sqlalchemy import Row, func, select, update
@@ -64,19 +65,27 @@ async def listed(conn: AsyncConnection) -> Sequence[tuple[Workflow, bool]]:
 
 
 async def add(conn: AsyncConnection, settings: Settings, workflow: Workflow, *, replace: bool = False) -> bool:
-    """Stores a workflow, its key sealed; False if there is one of this id that is not to be replaced."""
+    """Stores a workflow, its key sealed; False if there is one of this id that is not to be replaced.
+
+    One that is replaced stays disabled if it was, and keeps its key if it is given none and stays with its host.
+    """
     key = workflow.hook.key
+    sealed = None if key is None else Sealer.of(settings).seal(key.get_secret_value())
+    if replace and sealed is None:
+        query = select(workflows.c.hook_url, workflows.c.hook_key).where(workflows.c.id == workflow.id)
+        before = (await conn.execute(query.with_for_update())).one_or_none()
+        if before is not None and urlsplit(before.hook_url).netloc == urlsplit(workflow.hook.url).netloc:
+            sealed = before.hook_key
     values = {
         "name": workflow.name,
         "hook_url": workflow.hook.url,
-        "hook_key": None if key is None else Sealer.of(settings).seal(key.get_secret_value()),
+        "hook_key": sealed,
         "environment": workflow.environment,
         "approval_url": workflow.approval_url,
         "org_slug": workflow.org_slug,
         "platform_id": workflow.platform_id,
-        "active": workflow.active,
     }
-    statement = upsert(workflows).values(id=workflow.id, **values)
+    statement = upsert(workflows).values(id=workflow.id, active=workflow.active, **values)
     if replace:
         statement = statement.on_conflict_do_update(index_elements=["id"], set_={**values, "updated_at": func.now()})
     else:

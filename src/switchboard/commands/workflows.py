@@ -5,7 +5,6 @@ import re
 import sys
 from enum import StrEnum
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 from pydantic import SecretStr
@@ -17,12 +16,14 @@ from switchboard import workflows
 from switchboard.commands.running import in_database, refuse
 from switchboard.happyrobot.addresses import ENVIRONMENTS, hook_for
 from switchboard.happyrobot.client import Hook
-from switchboard.settings import Settings
+from switchboard.settings import Settings, http_address
 from switchboard.workflows import DEFAULT_WORKFLOW, Workflow
 
 app = typer.Typer(help="Workflows that may be started, beside the environment's `default`.", no_args_is_help=True)
 
 Environment = StrEnum("Environment", {name: name for name in ENVIRONMENTS})  # type: ignore[misc]  # typer wants an enum
+
+_LONGEST = 255
 
 _Id = Annotated[str, typer.Argument(metavar="ID", help="The `workflow_id` of a trigger.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -46,36 +47,42 @@ def add(
         str | None, typer.Option(help="Organisation in links to the platform.", show_default="HAPPYROBOT_ORG_SLUG")
     ] = None,
     platform_id: Annotated[str | None, typer.Option(help="The workflow's id in links to the platform.")] = None,
-    replace_it: Annotated[bool, typer.Option("--replace", help="Replace the workflow of this id.")] = False,
+    replace_it: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="Replace the workflow of this id; on the same host it keeps its key unless another is given.",
+        ),
+    ] = False,
     as_json: _Json = False,
 ) -> None:
     """Register a workflow. Its key is stored encrypted."""
     _require_own(workflow_id)
     if not re.fullmatch(r"[\x21-\x2e\x30-\x7e]{1,255}", workflow_id):
         refuse("an id has 1 to 255 printable ASCII characters, no spaces or slashes")
-    for url in filter(None, (hook_url, approval_url)):
-        _require_address(url)
+    for option, value in {"--name": name, "--org-slug": org_slug, "--platform-id": platform_id}.items():
+        if value is not None and (len(value) > _LONGEST or not value.isprintable()):
+            refuse(f"{option} takes up to {_LONGEST} printable characters")
     try:
-        address, found = hook_for(hook_url, environment and str(environment))
+        address, found = hook_for(_address("--hook-url", hook_url), environment and str(environment))
     except ValueError as error:
         refuse(str(error))
-    workflow = Workflow(
-        workflow_id, Hook(address, _key(hook_key)), name, found, approval_url, org_slug, platform_id, active=True
-    )
+    approval_url = approval_url and _address("--approval-url", approval_url)
+    workflow = Workflow(workflow_id, Hook(address, _key(hook_key)), name, found, approval_url, org_slug, platform_id)
 
-    async def work(conn: AsyncConnection, settings: Settings) -> bool:
-        return await workflows.add(conn, settings, workflow, replace=replace_it)
+    async def work(conn: AsyncConnection, settings: Settings) -> list[dict[str, Any]]:
+        added = await workflows.add(conn, settings, workflow, replace=replace_it)
+        return await _found(conn, workflow_id) if added else []
 
-    if not in_database(work):
+    if not (stored := in_database(work)):
         refuse(f"there is a workflow {workflow_id} already; --replace takes its place")
-    _print(
-        [_shown(workflow, has_key=workflow.hook.key is not None)], as_json, f"Workflow {workflow_id} can be started."
-    )
+    state = "can be started" if stored[0]["active"] else "is disabled"
+    _print(stored, as_json, f"Workflow {workflow_id} {state}.")
 
 
 @app.command(name="list")
 def show(as_json: _Json = False) -> None:
-    """List the workflows, `default` first."""
+    """List the workflows, first `default`, if HAPPYROBOT_WEBHOOK_URL names its hook."""
 
     async def work(conn: AsyncConnection, settings: Settings) -> list[dict[str, Any]]:
         default = workflows.default(settings)
@@ -112,16 +119,18 @@ def _switch(workflow_id: str, *, active: bool, as_json: bool) -> None:
 
     async def work(conn: AsyncConnection, _: Settings) -> list[dict[str, Any]]:
         await workflows.set_active(conn, workflow_id, active=active)
-        return [
-            _shown(workflow, has_key=has_key)
-            for workflow, has_key in await workflows.listed(conn)
-            if workflow.id == workflow_id
-        ]
+        return await _found(conn, workflow_id)
 
     found = in_database(work)
     if not found:
         refuse(f"there is no workflow {workflow_id}")
     _print(found, as_json, f"Workflow {workflow_id} {'can be started' if active else 'is disabled'}.")
+
+
+async def _found(conn: AsyncConnection, workflow_id: str) -> list[dict[str, Any]]:
+    """The workflow of this id as it is shown, if there is one."""
+    listed = await workflows.listed(conn)
+    return [_shown(workflow, has_key=has_key) for workflow, has_key in listed if workflow.id == workflow_id]
 
 
 def _print(found: list[dict[str, Any]], as_json: bool, sentence: str) -> None:
@@ -148,17 +157,20 @@ def _require_own(workflow_id: str) -> None:
         refuse("the workflow `default` comes from HAPPYROBOT_WEBHOOK_URL and HAPPYROBOT_X_API_KEY")
 
 
-def _require_address(url: str) -> None:
-    parts = urlsplit(url)
-    allowed = ("https",) if Settings().environment == "production" else ("http", "https")
-    if parts.scheme not in allowed or not parts.hostname:
-        refuse(f"an address must begin with {' or '.join(f'{scheme}://' for scheme in allowed)}")
+def _address(option: str, given: str) -> str:
+    try:
+        address = http_address(given)
+    except ValueError as error:
+        refuse(f"{option} {error}")
+    if Settings().environment == "production" and not address.startswith("https://"):
+        refuse(f"{option} must be an https:// address")
+    return address
 
 
 def _key(given: str | None) -> SecretStr | None:
-    key = sys.stdin.readline().strip() if given == "-" else given
-    if not key:
+    if given is None:
         return None
+    key = sys.stdin.readline().strip() if given == "-" else given
     if not re.fullmatch(r"[\x21-\x7e]+", key):
-        refuse("a hook's key must be printable ASCII without spaces")
+        refuse("a hook's key must be printable ASCII without spaces, and not empty")
     return SecretStr(key)

@@ -8,6 +8,7 @@ from switchboard.happyrobot.simulator.api import ApiRequest
 from switchboard.happyrobot.simulator.app import Simulator, create_app
 from switchboard.happyrobot.simulator.faults import Faults
 from switchboard.happyrobot.simulator.hook import Call
+from switchboard.happyrobot.simulator.records import Shape
 from switchboard.happyrobot.simulator.run import Run
 
-__all__ = ["ApiRequest", "Call", "Faults", "Run", "Simulator", "create_app"]
+__all__ = ["ApiRequest", "Call", "Faults", "Run", "Shape", "Simulator", "create_app"]

@@ -197,7 +197,7 @@ class Simulator:
             await self._send(run, event, "application/json")
 
     async def _send(self, run: Run, event: dict[str, Any], content_type: str) -> None:
-        if run.callback_url is None:
+        if run.callback_url is None or run.faults.silent:
             return
         await asyncio.sleep(run.faults.delay)
         copies = 2 if run.faults.duplicate else 1

@@ -14,6 +14,7 @@ class Faults:
     reorder: bool = False  # callbacks wait until the run is over, then go out shuffled, the final one not last
     delay: float = 0.0  # seconds added before each callback
     drop_final: bool = False  # the final callback is never sent
+    silent: bool = False  # no callback is sent at all
     call_back_first: bool = False  # the first callback arrives before the trigger is answered
     # How the trigger is answered: an HTTP status (and no run), "no_runs" (200, and no run), or "garbage" or
     # "empty" (200, and the call goes ahead).
@@ -54,7 +55,7 @@ def _value(name: str, value: object) -> Any:
             return _answer(name, value, NAMED_ANSWERS)
         case "api_answer":
             return _answer(name, value)
-        case "duplicate" | "reorder" | "drop_final" | "call_back_first" | "hang" | "disconnect" | "fail":
+        case "duplicate" | "reorder" | "drop_final" | "silent" | "call_back_first" | "hang" | "disconnect" | "fail":
             return _switch(name, value)
         case _:
             raise ValueError(f"unknown fault: {name}")

@@ -33,21 +33,13 @@ def nested(run: Run) -> Record:
         "sessions": [session | {"messages": messages(run), "node_outputs": []} for session in sessions(run)],
         "outputs": outputs(run),
         "issues": issues(run),
-        "intermediates": [],
+        "intermediates": [hook(run)],
         "version": version(run),
     }
 
 
 def flat(run: Run) -> Record:
     """The shape of the current OpenAPI document: actions and sessions in one list of events."""
-    hook = {
-        "type": "action",
-        "timestamp": stamp(run.created_at),
-        "integration_name": "Webhook",
-        "event_name": "Incoming hook",
-        "output": run.payload,
-        "node_id": stable_id("node", run.slug, "hook"),
-    }
     calls = [
         {
             "type": "session",
@@ -60,18 +52,38 @@ def flat(run: Run) -> Record:
         }
         for session in sessions(run)
     ]
-    results = [
-        {
-            "type": "action",
-            "timestamp": output["timestamp"],
-            "integration_name": output["event"]["integration"]["name"],
-            "event_name": output["event"]["name"],
-            "output": output["data"],
-            "node_id": output["node_id"],
-        }
-        for output in outputs(run)
-    ]
-    return summary(run) | {"events": [hook, *calls, *results], "issues": issues(run), "version": version(run)}
+    events = [action(hook(run)), *calls, *map(action, outputs(run))]
+    return summary(run) | {"events": events, "issues": issues(run), "version": version(run)}
+
+
+def hook(run: Run) -> Record:
+    """What the workflow's first node gave: the payload of the trigger."""
+    return {
+        "id": stable_id(run.id, "hook"),
+        "run_id": run.id,
+        "node_id": stable_id("node", run.slug, "hook"),
+        "event_id": stable_id("event", "hook"),
+        "session_id": None,
+        "name": "Incoming hook",
+        "data": run.payload,
+        "error": None,
+        "timestamp": stamp(run.created_at),
+        "event": {"name": "Incoming hook", "integration": {"name": "Webhook"}},
+    }
+
+
+def action(output: Record) -> Record:
+    """What a node gave, as the flat shape has it."""
+    kept = ("id", "run_id", "node_id", "event_id", "session_id", "name", "data", "error", "timestamp")
+    return {
+        "type": "action",
+        "timestamp": output["timestamp"],
+        "integration_name": output["event"]["integration"]["name"],
+        "event_name": output["event"]["name"],
+        "intermediate": {name: output[name] for name in kept} | {"data_deleted": False},
+        "output": output["data"],
+        "node_id": output["node_id"],
+    }
 
 
 def summary(run: Run) -> Record:
