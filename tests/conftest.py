@@ -266,7 +266,8 @@ async def running_service(
 
     async with serving(build) as (url, server):
         state = server.lifespan.state
-        async with httpx.AsyncClient(base_url=url, timeout=20, limits=httpx.Limits(max_connections=200)) as http:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(base_url=url, timeout=20, limits=limits, verify=False) as http:
             yield Service(url, http, state)
         # What a signal makes sse-starlette do.
         state["hub"].close()

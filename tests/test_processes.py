@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -247,13 +246,26 @@ async def test_everything_that_is_not_named_is_brought_along(tmp_path: Path):
     assert (code, out) == (0, "The database is at the newest schema.\n"), err
 
 
-async def test_the_demo_shows_a_call_and_leaves(tmp_path: Path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = str(taken.getsockname()[1])
-        process = command("demo", "--once", "--pace", "0.01", "--port", port, cwd=tmp_path)
+async def test_the_demo_shows_a_call_and_leaves_and_calls_nobody_whatever_the_environment_says(tmp_path: Path):
+    called = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal called
+        called += 1
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as somebody:
+        port = somebody.sockets[0].getsockname()[1]
+        address = f"127.0.0.1:{port}"
+        (tmp_path / ".env").write_text(
+            f"HAPPYROBOT_WEBHOOK_URL=http://{address}/hooks/real\nHAPPYROBOT_X_API_KEY=real\n"
+            f"HAPPYROBOT_CALLBACK_KEY=other\nAPP_URL=http://{address}\nALLOW_ANONYMOUS=false\n"
+            f"DATABASE_URL=postgresql://{address}/real\nREDIS_URL=redis://{address}\nENVIRONMENT=production\n"
+        )
+        process = command("demo", "--once", "--pace", "0.01", "--port", str(port), cwd=tmp_path)
         code, out, err = await asyncio.to_thread(finish, process)
     assert code == 0, err
+    assert called == 0
     assert f"Port {port} is taken" in out
     for expected in ("triggered", "completed", "COMPLETED", "logs kept", "Try next"):
         assert expected in out
@@ -279,28 +291,6 @@ async def test_the_demo_stays_until_it_is_told_to_leave_and_its_lines_work(tmp_p
     process.send_signal(signal.SIGINT)
     code, _, err = await asyncio.to_thread(finish, process)
     assert (code, err) == (0, "")
-
-
-async def test_the_demo_calls_nobody_whatever_the_environment_says(tmp_path: Path):
-    called = 0
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal called
-        called += 1
-        writer.close()
-
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as somebody:
-        address = f"127.0.0.1:{somebody.sockets[0].getsockname()[1]}"
-        (tmp_path / ".env").write_text(
-            f"HAPPYROBOT_WEBHOOK_URL=http://{address}/hooks/real\nHAPPYROBOT_X_API_KEY=real\n"
-            f"HAPPYROBOT_CALLBACK_KEY=other\nAPP_URL=http://{address}\nALLOW_ANONYMOUS=false\n"
-            f"DATABASE_URL=postgresql://{address}/real\nREDIS_URL=redis://{address}\nENVIRONMENT=production\n"
-        )
-        process = command("demo", "--once", "--pace", "0.01", "--port", "0", cwd=tmp_path)
-        code, out, err = await asyncio.to_thread(finish, process)
-    assert code == 0, err
-    assert "COMPLETED" in out
-    assert called == 0
 
 
 async def test_the_simulator_can_be_run_alone():

@@ -13,7 +13,9 @@ HappyRobotError
 
 import asyncio
 import contextlib
+import functools
 import logging
+import ssl
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -146,6 +148,12 @@ def _log_attempt(details: RetryDetails) -> None:
 set_on_retry_hooks([_log_attempt])
 
 
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Whom we trust; reading them takes a while, so it is done once."""
+    return httpx.create_ssl_context()
+
+
 class HappyRobot:
     """A pool of connections to HappyRobot's hooks and its Platform API."""
 
@@ -160,6 +168,7 @@ class HappyRobot:
         def client(timeout: float, keep: int) -> httpx.AsyncClient:
             return httpx.AsyncClient(
                 transport=transport,
+                verify=_certificates(),
                 timeout=httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT, pool=_CONNECT_TIMEOUT),
                 limits=httpx.Limits(max_connections=100, max_keepalive_connections=keep),
                 headers={"User-Agent": "switchboard"},
