@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Half as many again as there are processors: a good part of a test is waiting.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 3 / 2)
+
 .PHONY: setup demo test check format lock clean
 
 setup: $(READY)
@@ -20,7 +23,7 @@ demo: setup ## Start everything, watch one call; ONCE=1 leaves when it has compl
 	$(BIN)/switchboard demo $(if $(ONCE),--once)
 
 test: setup ## Every test, in parallel, against real PostgreSQL and Valkey
-	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term $(ARGS)
 
 check: setup ## Lint, format, types, import rules
 	$(BIN)/ruff check .

@@ -1,10 +1,13 @@
 """The OpenAPI document: complete, true, and no 500 behind any of it."""
 
 import asyncio
+import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
@@ -19,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 
 from switchboard import local
 from switchboard.app import create_app
-from tests.conftest import HOOK_KEY, Servers, run_sql, settings_for, with_database
+from tests.conftest import API_KEY, HOOK_KEY, Servers, run_sql, settings_for, with_database
 
 CHECKS = [
     not_a_server_error,
@@ -32,23 +35,45 @@ CHECKS = [
 HEADERS = {"X-API-KEY": HOOK_KEY}
 STREAM = "/api/events"
 KNOWN = "a-run-that-is-over"
+UNDER_WAY = "the-run-that-is-under-way"  # stands for the id that the simulator gives it
+
+
+@dataclass(frozen=True)
+class Subject:
+    url: str
+
+    def start(self) -> str:
+        """A run that stays under way."""
+        answer = httpx.post(f"{self.url}/api/happyrobot/trigger", json={"context_id": "c"})
+        [run_id] = answer.json()["run_ids"]
+        return str(run_id)
+
+    @functools.cached_property
+    def under_way(self) -> str:
+        return self.start()
 
 
 @pytest.fixture(scope="module")
-def address(servers: Servers, template: str) -> Iterator[str]:
-    """The service in a process of its own, for a client that blocks, with a simulator that says nothing."""
+def subject(servers: Servers, template: str) -> Iterator[Subject]:
+    """The service in a process of its own, for a client that blocks, with a simulator that calls nobody back."""
     name = f"openapi_{uuid4().hex}"
     asyncio.run(run_sql(servers.database_url, f"CREATE DATABASE {name} TEMPLATE {template}"))
     url = with_database(servers.database_url, name)
     known = f"INSERT INTO agent_runs (run_id, context_id, status) VALUES ('{KNOWN}', 'c', 'COMPLETED')"
     asyncio.run(run_sql(url, known))
     with (
-        local.environment(DATABASE_URL=url, REDIS_URL=servers.redis_url, HAPPYROBOT_X_API_KEY=HOOK_KEY),
+        local.environment(
+            DATABASE_URL=url,
+            REDIS_URL=servers.redis_url,
+            HAPPYROBOT_X_API_KEY=HOOK_KEY,
+            HAPPYROBOT_API_KEY=API_KEY,
+            HAPPYROBOT_API_PACE="1000",
+        ),
         local.child("simulate", "--port", "0", "--pace", "3600") as upstream,
         local.environment(HAPPYROBOT_WEBHOOK_URL=f"{upstream}/hooks/x", HAPPYROBOT_API_URL=f"{upstream}/api/v1"),
         local.child("serve", "--port", "0") as url,
     ):
-        yield url
+        yield Subject(url)
     asyncio.run(run_sql(servers.database_url, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
@@ -59,7 +84,7 @@ def document() -> dict[str, Any]:
         for operation in path.values():
             for parameter in operation.get("parameters", []):
                 if parameter["name"] == "run_id":
-                    parameter["examples"] = {"known": {"value": KNOWN}}
+                    parameter["examples"] = {"known": {"value": KNOWN}, "under way": {"value": UNDER_WAY}}
     return found
 
 
@@ -69,17 +94,43 @@ schema = schemathesis.openapi.from_dict(DOCUMENT)
 
 @schema.exclude(path=STREAM).parametrize()
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_every_answer_is_one_that_the_document_describes(case: schemathesis.Case[Any], address: str):
-    case.call_and_validate(base_url=address, headers=HEADERS, checks=CHECKS)
+def test_every_answer_is_one_that_the_document_describes(case: schemathesis.Case[Any], subject: Subject):
+    for place in (case.path_parameters, case.query):
+        if place and place.get("run_id") == UNDER_WAY:
+            place["run_id"] = subject.under_way
+    case.call_and_validate(base_url=subject.url, headers=HEADERS, checks=CHECKS)
+
+
+RUN = "/api/happyrobot/runs/{run_id}"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "statuses"),
+    [("GET", f"{RUN}/details", [200]), ("GET", f"{RUN}/recordings", [200]), ("POST", f"{RUN}/cancel", [200, 409])],
+)
+def test_so_is_what_happyrobot_has_to_be_asked_for(subject: Subject, method: str, path: str, statuses: list[int]):
+    case = schema[path][method].Case(path_parameters={"run_id": subject.start()})
+    for status in statuses:
+        assert case.call_and_validate(base_url=subject.url, headers=HEADERS, checks=CHECKS).status_code == status
+
+
+@pytest.mark.parametrize("fault", ["answer=400", "disconnect"])
+def test_so_is_what_becomes_of_a_trigger_that_was_not_confirmed(subject: Subject, fault: str):
+    body = {"context_id": "c", "simulate": {"faults": fault}}
+    case = schema["/api/happyrobot/trigger"]["POST"].Case(body=body, media_type="application/json")
+    checks = [check for check in CHECKS if check is not not_a_server_error]
+    assert case.call_and_validate(base_url=subject.url, headers=HEADERS, checks=checks).status_code == 502
 
 
 @schema.include(path=STREAM).parametrize()
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_so_is_every_answer_about_a_stream(case: schemathesis.Case[Any], address: str):
+def test_so_is_every_answer_about_a_stream(case: schemathesis.Case[Any], subject: Subject):
     if case.method == "GET":
         # Of a run that is over, because that stream ends.
         case.query = {**(case.query or {}), "run_id": KNOWN}
-    case.call_and_validate(base_url=address, headers=HEADERS, checks=CHECKS, excluded_checks=[negative_data_rejection])
+    case.call_and_validate(
+        base_url=subject.url, headers=HEADERS, checks=CHECKS, excluded_checks=[negative_data_rejection]
+    )
 
 
 def test_every_endpoint_is_described_with_its_errors():

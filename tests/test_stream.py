@@ -237,8 +237,10 @@ async def test_a_stream_that_is_cut_twenty_times_misses_and_repeats_nothing(
     async with running_service(settings) as other:
 
         async def write(run_id: str, to: Service) -> None:
-            for start in range(0, 500, 10):
-                await asyncio.gather(*(to.callback(run_id, "log", number) for number in range(start, start + 10)))
+            take_in = to.state["intake"].take
+            for start in range(0, 500, 5):
+                logs = (NewEvent(run_id, "log", number) for number in range(start, start + 5))
+                await asyncio.gather(*map(take_in, logs))
 
         writers = [write(run_id, (service, other)[place % 2]) for place, run_id in enumerate(runs)]
         writing = asyncio.gather(*writers)

@@ -22,7 +22,7 @@ from switchboard.runs.intake import CurrentIntake
 from switchboard.runs.queries import find_run, found, platform_link
 from switchboard.runs.reading import RunId
 from switchboard.runs.status import Standing, advance
-from switchboard.runs.trigger import IdempotencyKey, TriggerIn, TriggerOut, start
+from switchboard.runs.trigger import IdempotencyKey, TriggerIn, TriggerOut, UnconfirmedOut, start
 from switchboard.settings import CurrentSettings
 from switchboard.tables import RunStatus
 
@@ -65,7 +65,8 @@ def _canceler(connection: HTTPConnection) -> Canceler:
 @router.post(
     "/trigger",
     summary="Start a workflow",
-    responses=described(400, 401, 403, 404, 409, 413, 422, 502),
+    responses=described(400, 401, 403, 404, 409, 413, 422)
+    | {502: {"model": UnconfirmedOut, "description": "HappyRobot did not confirm it; `status` says what that means."}},
     openapi_extra={
         "requestBody": {
             "required": True,

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from datetime import timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import UUID, uuid4
 
 from fastapi import Header
@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from switchboard.bodies import Id, ShortText, Text
-from switchboard.errors import Conflict, Forbidden, NotConfigured, NotFound, TriggerFailed, Unprocessable
+from switchboard.errors import Conflict, ErrorOut, Forbidden, NotConfigured, NotFound, TriggerFailed, Unprocessable
 from switchboard.happyrobot.client import HappyRobot, HappyRobotError, Unknown
 from switchboard.runs.ingest import DEFAULT_NAME
 from switchboard.runs.intake import Intake
@@ -54,6 +54,18 @@ class TriggerOut(BaseModel):
     success: bool
     run_ids: list[str] = Field(examples=[["19184e4c-74ca-474a-8978-e77f5a661e4f"]])
     execution_id: UUID
+
+
+class UnconfirmedOut(ErrorOut):
+    """HappyRobot did not confirm that it started the workflow."""
+
+    execution_id: UUID
+    status: Literal["failed", "submission_unknown"] = Field(
+        description="`failed`: nobody was called. `submission_unknown`: somebody may have been; do not send it again, "
+        "the run is found when it calls back."
+    )
+    detail: str = Field(examples=["HappyRobot did not answer (ReadTimeout)"])
+    run_ids: list[str] = Field([], description="Runs that are known all the same.")
 
 
 IdempotencyKey = Annotated[
