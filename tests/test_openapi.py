@@ -116,7 +116,7 @@ def test_so_is_what_happyrobot_has_to_be_asked_for(subject: Subject, method: str
 
 @pytest.mark.parametrize("fault", ["answer=400", "disconnect"])
 def test_so_is_what_becomes_of_a_trigger_that_was_not_confirmed(subject: Subject, fault: str):
-    body = {"context_id": "c", "simulate": {"faults": fault}}
+    body: dict[str, Any] = {"context_id": "c", "simulate": {"faults": fault}}
     case = schema["/api/happyrobot/trigger"]["POST"].Case(body=body, media_type="application/json")
     checks = [check for check in CHECKS if check is not not_a_server_error]
     assert case.call_and_validate(base_url=subject.url, headers=HEADERS, checks=checks).status_code == 502
