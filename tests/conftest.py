@@ -73,8 +73,8 @@ def tmp_path() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def anyio_backend() -> str:
-    return "asyncio"
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": True}  # as `serve` does
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ async def running_service(
 
     async with serving(build) as (url, server):
         state = server.lifespan.state
-        limits = httpx.Limits(max_connections=100)
+        limits = httpx.Limits(max_connections=50)
         async with httpx.AsyncClient(base_url=url, timeout=20, limits=limits, verify=False) as http:
             yield Service(url, http, state)
         # What a signal makes sse-starlette do.
