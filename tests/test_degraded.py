@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
@@ -12,12 +13,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database
 from switchboard.errors import PostgresAway, Unavailable
-from switchboard.events import NewEvent
+from switchboard.events import Event, NewEvent
 from switchboard.live.announcer import Announcer
+from switchboard.live.channel import Channel
+from switchboard.live.messages import unpack
 from switchboard.runs import intake
 from switchboard.runs.intake import Intake
 from switchboard.runs.sorting import Duplicate, Held, Recorded
-from switchboard.tables import run_events
+from switchboard.tables import RunStatus, run_events
 from tests.conftest import (
     Servers,
     Service,
@@ -214,3 +217,28 @@ async def test_what_fails_at_the_commit_is_neither_confirmed_nor_announced(
                 assert (await anext(stream))["data"] == "kept"
         assert await rows_of(engine, run_events, run_id) == 1
         await engine.dispose()
+
+
+async def test_what_is_being_announced_when_the_service_stops_is_announced(db: AsyncEngine):
+    begun, may_end = asyncio.Event(), asyncio.Event()
+    sent: list[bytes] = []
+
+    class Slow:
+        async def publish(self, _: str, message: bytes) -> None:
+            begun.set()
+            await may_end.wait()
+            sent.append(message)
+
+    def event(number: int) -> Event:
+        return Event(
+            id=number, run_id="r", context_id="c", event_type="log", status=RunStatus.RUNNING, timestamp=now, data=None
+        )
+
+    now = datetime.now(UTC)
+    announcer = Announcer(Slow(), Channel(db), lambda: None)  # type: ignore[arg-type]  # as much of Redis as it uses
+    async with announcer.running():
+        announcer.announce([event(1)])
+        await begun.wait()
+        announcer.announce([event(2)])
+        asyncio.get_running_loop().call_soon(may_end.set)
+    assert [frame.event.id for message in sent for frame in unpack(message)[1]] == [1, 2]

@@ -20,6 +20,7 @@ from switchboard.errors import will_pass
 from switchboard.runs.reconcile import Reconciler
 from switchboard.runs.sweep import sweep
 from switchboard.settings import Settings
+from switchboard.tasks import end
 from switchboard.wiring import State, addresses, connected
 
 log = logging.getLogger(__name__)
@@ -129,8 +130,7 @@ class _Worker:
         stopped.cancel()
         if not doing.done():
             # Not cancelled by the queue, which would drop the job: the next worker takes it.
-            doing.cancel()
-            await asyncio.wait({doing})
+            await end(doing)
             return 0.0
         try:
             return doing.result()

@@ -17,6 +17,7 @@ from switchboard.happyrobot.client import BACKGROUND, Effort, HappyRobot, NoAnsw
 from switchboard.happyrobot.records import RunRecord
 from switchboard.settings import Settings
 from switchboard.tables import RunStatus
+from switchboard.tasks import end
 
 SHARED_FOR = 2.0
 """Seconds for which an answer serves all who ask about its run, counted from when it was asked for."""
@@ -78,10 +79,7 @@ class Lookups:
         try:
             yield self
         finally:
-            asking = list(self._asking.values())
-            for task in asking:
-                task.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
+            await end(*self._asking.values())
 
     async def ask(self, run_id: str, effort: Effort, *, anew: bool = False) -> Answer:
         """What HappyRobot says about a run: a shared answer, or with `anew` one that it gives from now on.

@@ -36,6 +36,7 @@ class Announcer:
         self._waiting: deque[Event] = deque(maxlen=_MAX_WAITING)
         self._news = asyncio.Event()
         self._healthy = True
+        self._stopping = False
 
     def announce(self, events: Sequence[Event]) -> None:
         """Queues events for publication; returns at once. Call it after the commit, never before."""
@@ -46,21 +47,20 @@ class Announcer:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:
         """Publishes until the block ends, then sends what is left."""
-        task = asyncio.create_task(self._publish_for_ever())
+        task = asyncio.create_task(self._publish_until_stopped())
         try:
             yield self
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-            while self._waiting and self._healthy:
-                await self._publish()
+            # Not cancelled, for what it is sending just now would be lost.
+            self._stopping = True
+            self._news.set()
+            await task
 
-    async def _publish_for_ever(self) -> None:
-        while True:
+    async def _publish_until_stopped(self) -> None:
+        while not self._stopping:
             await self._news.wait()
             self._news.clear()
-            while self._waiting:
+            while self._waiting and (self._healthy or not self._stopping):
                 await self._publish()
 
     async def _publish(self) -> None:

@@ -20,6 +20,7 @@ from switchboard.events import Scope, read_events
 from switchboard.live.channel import Channel
 from switchboard.live.messages import Frame, unpack
 from switchboard.tables import run_events
+from switchboard.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +108,7 @@ class Hub:
             yield self
         finally:
             self.close()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(*tasks)
 
     def close(self) -> None:
         """Says goodbye to every reader, and at once to those who still come."""

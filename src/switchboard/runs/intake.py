@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Annotated, Self
 
 from fastapi import Depends
@@ -23,6 +23,9 @@ MAX_WAITING = 2_000
 MAX_BATCH = 200
 """News in one transaction."""
 
+_LAST_NEWS = 5.0
+"""Seconds for which a service that stops stays open for news that are expected."""
+
 _Waiting = tuple[News, asyncio.Future[Outcome]]
 
 
@@ -39,6 +42,9 @@ class Intake:
         self._reconcile_after = reconcile_after
         self._waiting: deque[_Waiting] = deque()
         self._writing: asyncio.Task[None] | None = None
+        self._expected: set[object] = set()
+        self._nothing_expected = asyncio.Event()
+        self._nothing_expected.set()
 
     async def take(self, news: News) -> Outcome:
         """Writes news and returns what became of them, once that is committed.
@@ -54,12 +60,27 @@ class Intake:
             self._writing = asyncio.create_task(self._write_all())
         return await written
 
+    @contextlib.contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Keeps the intake open for news that come by the end of the block, also while the service stops."""
+        news = object()
+        self._expected.add(news)
+        self._nothing_expected.clear()
+        try:
+            yield
+        finally:
+            self._expected.discard(news)
+            if not self._expected:
+                self._nothing_expected.set()
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:
-        """Takes news until the block ends, then finishes what waits."""
+        """Takes news until the block ends, then what is expected, and finishes what waits."""
         try:
             yield self
         finally:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._nothing_expected.wait(), _LAST_NEWS)
             if self._writing is not None:
                 await self._writing
 

@@ -109,16 +109,17 @@ async def start(
             return await _told_again(conn, known)
     # Ours come last, so that nobody can send the callbacks elsewhere.
     payload = {**body, "callback_url": settings.callback_url, "execution_id": str(execution_id)}
-    try:
-        run_ids = await happyrobot.trigger(workflow.hook, payload)
-    except HappyRobotError as error:
-        raise await _unconfirmed(intake, execution_id, error) from error
-    except asyncio.CancelledError:
-        # The service stops, and has waited for as long as it could.
-        await _unconfirmed(intake, execution_id, Unknown(STOPPED))
-        raise
-    name = request.name or DEFAULT_NAME
-    await _record(intake, NewRuns(execution_id, workflow_id, request.context_id, name, request.description, run_ids))
+    with intake.expecting():
+        try:
+            run_ids = await happyrobot.trigger(workflow.hook, payload)
+        except HappyRobotError as error:
+            raise await _unconfirmed(intake, execution_id, error) from error
+        except asyncio.CancelledError as error:
+            # The service stops, and has waited for as long as it could. The caller is still there to be told.
+            raise await _unconfirmed(intake, execution_id, Unknown(STOPPED)) from error
+        name = request.name or DEFAULT_NAME
+        runs = NewRuns(execution_id, workflow_id, request.context_id, name, request.description, run_ids)
+        await _record(intake, runs)
     return TriggerOut(success=True, run_ids=run_ids, execution_id=execution_id)
 
 
