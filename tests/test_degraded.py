@@ -120,6 +120,23 @@ async def test_events_that_come_during_a_write_are_written_together(db: AsyncEng
     assert [event.data for event in announcer.announced[0]] == list(range(50))
 
 
+async def test_an_intake_that_closes_waits_for_what_is_expected(db: AsyncEngine, run_id: str):
+    queue = Intake(db, Silent())
+    asked, may_answer = asyncio.Event(), asyncio.Event()
+
+    async def place_a_call() -> object:
+        with queue.expecting():
+            asked.set()
+            await may_answer.wait()
+            return await queue.take(log(run_id, "what became of it"))
+
+    async with queue.running():
+        call = asyncio.create_task(place_a_call())
+        await asked.wait()
+        asyncio.get_running_loop().call_later(0.05, may_answer.set)
+    assert isinstance(call.result(), Recorded)
+
+
 async def test_each_of_a_batch_gets_its_own_answer(db: AsyncEngine, run_id: str):
     key = uuid4()
     queue = Intake(db, Silent())
