@@ -47,7 +47,7 @@ def command(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)  # no more than a bound on a hang
     return process.returncode, out, err
 
 
