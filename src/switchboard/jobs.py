@@ -21,12 +21,15 @@ from sqlalchemy import (
     column,
     delete,
     exists,
+    false,
     func,
     literal,
     literal_column,
     null,
+    select,
     table,
     text,
+    true,
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -160,7 +163,9 @@ def is_queued(entrypoint: str, subject: ColumnElement[str]) -> ColumnElement[boo
 def is_asleep(entrypoint: str, subject: ColumnElement[str], after: ColumnElement[timedelta]) -> ColumnElement[bool]:
     """Whether such a job waits, and comes up later than after so long."""
     key = literal(f"{entrypoint}:") + subject
-    return exists().where(_queue.c.dedupe_key == key, _waits, _queue.c.execute_after > func.now() + after)
+    found = select(true()).where(_queue.c.dedupe_key == key, _waits, _queue.c.execute_after > func.now() + after)
+    # Not EXISTS, which PostgreSQL may answer by reading all jobs there are, when many runs are asked about at once.
+    return func.coalesce(found.scalar_subquery(), false())
 
 
 async def hasten(conn: AsyncConnection, entrypoint: str, subjects: Sequence[str], after: float) -> None:
