@@ -11,6 +11,8 @@ from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard.happyrobot.client import Effort
+from switchboard.happyrobot.records import Message, RunRecord, Session
+from switchboard.runs.archive import keep, kept
 from switchboard.tables import run_records
 from tests.conftest import API_KEY, Servers, Service, Upstream, rows_of, running_service, settings_for
 
@@ -137,6 +139,17 @@ async def test_what_is_said_of_a_call_afterwards_is_shown_and_what_was_said_in_i
     for part in ("sessions", "outputs", "version"):
         assert second[part] == first[part], "it outlives HappyRobot's own"
     assert third == second | {"source": "database"}
+
+
+async def test_two_who_keep_a_record_at_once_keep_all_of_it(db: AsyncEngine, context_id: str):
+    def record(*said: str) -> RunRecord:
+        return RunRecord(sessions=[Session(id="s", messages=[Message(content=each) for each in said])])
+
+    for number in range(20):
+        run_id = f"run_{number}_{context_id}"
+        await asyncio.gather(keep(db, run_id, record("1", "2", "3")), keep(db, run_id, record("1")))
+        async with db.connect() as conn:
+            assert await kept(conn, run_id) == record("1", "2", "3")
 
 
 async def test_a_reader_who_learns_that_a_run_is_over_is_not_the_only_one(

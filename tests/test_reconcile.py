@@ -210,8 +210,9 @@ async def test_silence_on_all_sides_is_a_timeout_that_keeps_what_is_known(
         assert (await status_of(db, run_id)).status == "RUNNING"
         await silence(db, run_id, 1801)
         if trouble is not None:
-            service.state["lookups"]._recent.clear()
-            await service.state["lookups"]._redis.flushdb()
+            shared = service.state["lookups"]
+            shared._recent.clear()
+            await shared._redis.delete(shared._prefix + run_id)
             platform(router, run_id).mock(side_effect=[trouble])
         assert await reconciler_of(service).reconcile(run_id) is not None
         run = await service.run(run_id)
@@ -326,6 +327,22 @@ async def test_where_v2_is_asked_for_statuses_the_record_is_still_v1s_for_it_has
         assert await reconciler_of(service).reconcile(run_id) == 0, "at once, for its record"
         assert await reconciler_of(service).reconcile(run_id) is None
     assert (v1.call_count, v2.call_count) == (1, 2)
+    assert await rows_of(db, run_records, run_id) == 1
+
+
+async def test_the_record_of_a_run_that_is_still_going_there_is_not_kept(
+    database_url: str, servers: Servers, db: AsyncEngine, run_id: str
+):
+    """v2 says that it is over, and v1 lags behind."""
+    router = respx.MockRouter()
+    router.get(f"/api/v2/runs/{run_id}").respond(json={"id": run_id, "status": "succeeded"})
+    platform(router, run_id).mock(side_effect=[says("running", "Hel"), says("completed", "Hello", "Bye")])
+    async with asked(router, database_url, servers, happyrobot_api_url="http://127.0.0.1:1/api/v2") as service:
+        await silence(db, run_id, 20)
+        assert await reconciler_of(service).reconcile(run_id) == 0
+        assert await reconciler_of(service).reconcile(run_id) is not None
+        assert await rows_of(db, run_records, run_id) == 0
+        assert await reconciler_of(service).reconcile(run_id) is None
     assert await rows_of(db, run_records, run_id) == 1
 
 

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from pydantic_core import from_json
 
 from switchboard.happyrobot.records import (
+    Issue,
     Message,
     Output,
     Recording,
     RunRecord,
     Session,
     ToolCall,
+    Version,
     read_messages,
     read_recordings,
     read_run,
@@ -349,6 +351,49 @@ def test_what_nests_endlessly_is_cut_off():
     [found], _ = read_messages({"data": [{"tool_calls": [{"name": "a", "arguments": deep}]}]})
     record = RunRecord(sessions=[Session(messages=[found])])
     assert RunRecord.model_validate_json(record.model_dump_json()) == through_the_database(record) == record
+
+
+# A later record over an older one
+
+
+def record_of(sessions: dict[str, list[str | None]], **more: Any) -> RunRecord:
+    """Messages that are None have been deleted."""
+    return RunRecord(
+        sessions=[
+            Session(id=name, messages=[Message(content=said, data_deleted=said is None) for said in messages])
+            for name, messages in sessions.items()
+        ],
+        **more,
+    )
+
+
+def said_in(record: RunRecord) -> dict[str | None, list[str | None]]:
+    return {session.id: [message.content for message in session.messages] for session in record.sessions}
+
+
+@pytest.mark.parametrize(
+    ("older", "newer", "merged"),
+    [
+        ({"a": ["1", "2"]}, {"a": ["1", "2", "3"]}, {"a": ["1", "2", "3"]}),
+        ({"a": ["1", "2"]}, {"a": ["1"]}, {"a": ["1", "2"]}),
+        ({"a": ["1"]}, {"a": [None]}, {"a": ["1"]}),
+        ({"a": ["1"]}, {"a": [None], "b": ["2"]}, {"a": ["1"], "b": ["2"]}),
+        ({"a": ["1"]}, {"b": ["2"]}, {"b": ["2"], "a": ["1"]}),
+        ({"busy": []}, {}, {"busy": []}),
+    ],
+)
+def test_what_was_said_is_never_lost_to_a_later_record(older: Any, newer: Any, merged: Any):
+    assert said_in(record_of(newer).over_older(record_of(older))) == merged
+
+
+def test_what_a_later_record_does_not_know_stays():
+    issue, output = Issue(id="i"), Output(id="o", data={"rate": 1900})
+    older = RunRecord(annotation="critical", issues=[issue], outputs=[output], version=Version(id="v"))
+    assert RunRecord(status="completed").over_older(older) == older.model_copy(update={"status": "completed"})
+    emptied = RunRecord(annotation="correct", outputs=[Output(id="o", data_deleted=True), Output(id="p")])
+    merged = emptied.over_older(older)
+    assert (merged.annotation, [found.id for found in merged.outputs]) == ("correct", ["o", "p"])
+    assert merged.outputs[0] == output
 
 
 # The simulator's answers

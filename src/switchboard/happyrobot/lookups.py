@@ -119,7 +119,7 @@ class Lookups:
         mine = await self._breaker.call(lambda: self._claim(run_id, effort), self._claim_alone)
         if not mine:
             return await self._breaker.call(lambda: self._theirs(run_id, effort), self._nothing)
-        shared = _Shared(_NOT_ASKED, 0)
+        shared = _Shared(_NOT_ASKED, time.monotonic() + SHARED_FOR)
         try:
             shared = await self._upstream(run_id, effort)
         finally:
@@ -140,10 +140,9 @@ class Lookups:
         except Unreadable:
             record = None
         except NoAnswer:
-            return _Shared(Answer(), started + SHARED_FOR)
+            return _Shared(Answer(), _until(started))
         await self._take_in(run_id, record)
-        until = max(started + SHARED_FOR, time.monotonic() + _SHARED_AT_LEAST)
-        return _Shared(Answer(record.run_status if record else None, heard=True), until)
+        return _Shared(Answer(record.run_status if record else None, heard=True), _until(started))
 
     def _remember(self, run_id: str, shared: _Shared) -> None:
         now = time.monotonic()
@@ -211,6 +210,10 @@ class Lookups:
 
     async def _told_nobody(self) -> None:
         pass
+
+
+def _until(asked_at: float) -> float:
+    return max(asked_at + SHARED_FOR, time.monotonic() + _SHARED_AT_LEAST)
 
 
 def _said(answer: Answer) -> bytes:

@@ -5,6 +5,7 @@ Nobody promises that an answer is as documented: what a field should not be is l
 
 import math
 import re
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -131,18 +132,37 @@ class RunRecord(_Record):
 
         What people say of a call (its issues, their verdict) comes after it; what was said in it goes in time.
         """
-        kept: dict[str, Any] = {}
-        if self.hollow or _length(self) < _length(older):
-            kept["sessions"] = older.sessions
-        if any(output.data_deleted for output in self.outputs) or len(self.outputs) < len(older.outputs):
-            kept["outputs"] = older.outputs
-        if self.version is None:
-            kept["version"] = older.version
+        said = ("started_at", "completed_at", "annotation", "version")
+        kept: dict[str, Any] = {name: getattr(older, name) for name in said if getattr(self, name) is None}
+        kept["sessions"] = _over_older(self.sessions, older.sessions, _session_over_older)
+        kept["outputs"] = _over_older(self.outputs, older.outputs, _output_over_older)
+        kept["issues"] = self.issues or older.issues
         return self.model_copy(update=kept)
 
 
-def _length(record: RunRecord) -> int:
-    return sum(len(session.messages) for session in record.sessions)
+_Part = TypeVar("_Part", Session, Output)
+
+
+def _over_older(newer: list[_Part], older: list[_Part], merge: Callable[[_Part, _Part], _Part]) -> list[_Part]:
+    """All parts that either has, each as it is in the newer one, completed by the older one."""
+    before = {part.id: part for part in older if part.id is not None}
+    parts = [merge(part, before.pop(part.id)) if part.id in before else part for part in newer]
+    parts += before.values()
+    # Those without an id cannot be told apart: the longer list is the better one.
+    return in_order(parts) if len(parts) >= len(older) else older
+
+
+def _session_over_older(newer: Session, older: Session) -> Session:
+    emptied = any(message.data_deleted for message in newer.messages)
+    return (
+        newer.model_copy(update={"messages": older.messages})
+        if emptied or len(newer.messages) < len(older.messages)
+        else newer
+    )
+
+
+def _output_over_older(newer: Output, older: Output) -> Output:
+    return older if newer.data_deleted else newer
 
 
 class Recording(_Record):

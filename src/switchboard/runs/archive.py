@@ -1,6 +1,6 @@
 """HappyRobot's records of runs that are over, kept: HappyRobot itself forgets them after a while."""
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -14,7 +14,9 @@ async def keep(db: AsyncEngine, run_id: str, record: RunRecord) -> RunRecord:
     One whose content HappyRobot has deleted already is not worth it, if it is the first.
     """
     async with db.begin() as conn:
-        older = await kept(conn, run_id, and_hold=True)
+        # One after the other, also while there is no row to lock: else the last one would be all that is kept.
+        await conn.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"record {run_id}", 0))))
+        older = await kept(conn, run_id)
         if older is None and record.hollow:
             return record
         newest = record if older is None else record.over_older(older)
@@ -28,8 +30,6 @@ async def keep(db: AsyncEngine, run_id: str, record: RunRecord) -> RunRecord:
     return newest
 
 
-async def kept(conn: AsyncConnection, run_id: str, *, and_hold: bool = False) -> RunRecord | None:
-    """The kept record; held against other writers until the end of the transaction, if wanted."""
-    query = select(run_records.c.record).where(run_records.c.run_id == run_id)
-    found = await conn.scalar(query.with_for_update() if and_hold else query)
+async def kept(conn: AsyncConnection, run_id: str) -> RunRecord | None:
+    found = await conn.scalar(select(run_records.c.record).where(run_records.c.run_id == run_id))
     return None if found is None else RunRecord.model_validate(found)

@@ -183,11 +183,14 @@ class Reconciler:
         if now is None or now.kept:
             return None  # its record came with the answer
         # What follows the call may take HappyRobot a while.
-        if answer.status in FINAL or (answer.heard and watch.silent >= _LONGEST_PAUSE_AFTERWARDS):
+        late = watch.silent >= _LONGEST_PAUSE_AFTERWARDS
+        if answer.status in FINAL or (answer.heard and late):
             try:
-                await archive.keep(self._db, run_id, await self._happyrobot.record(run_id, BACKGROUND))
+                record = await self._happyrobot.record(run_id, BACKGROUND)
             except NoAnswer as error:
                 log.debug("no record of run %s yet: %s", run_id, error)
             else:
-                return None
+                if record.over or late:
+                    await archive.keep(self._db, run_id, record)
+                    return None
         return jittered(pause)
