@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import jobs
 from switchboard.events import NewEvent
+from switchboard.happyrobot.client import Effort, NoTurn
 from switchboard.happyrobot.simulator import Simulator
 from switchboard.runs.reconcile import LONGEST_PAUSE, Patience, Reconciler, Watch, jittered
 from switchboard.runs.status import Standing
@@ -238,6 +239,19 @@ async def test_a_run_that_happyrobot_still_knows_is_never_timed_out(
         pause = await reconciler_of(service).reconcile(run_id)
     assert pause is not None
     assert 200 < pause <= LONGEST_PAUSE
+    assert (await status_of(db, run_id)).status == "RUNNING"
+
+
+async def test_a_pace_that_is_used_up_is_not_happyrobots_silence(
+    database_url: str, servers: Servers, db: AsyncEngine, run_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    async def none_left(_: Effort) -> None:
+        raise NoTurn
+
+    async with asked(respx.MockRouter(), database_url, servers) as service:
+        monkeypatch.setattr(service.state["happyrobot"], "turn", none_left)
+        await silence(db, run_id, 100_000)
+        assert await reconciler_of(service).reconcile(run_id) == 5
     assert (await status_of(db, run_id)).status == "RUNNING"
 
 
