@@ -154,6 +154,13 @@ async def database_url(servers: Servers, template: str) -> AsyncIterator[str]:
         yield url
 
 
+@pytest.fixture
+async def own_database(servers: Servers, template: str) -> AsyncIterator[str]:
+    """A database of its own: the jobs of other tests are not for these workers."""
+    async with new_database(servers, template) as url:
+        yield url
+
+
 @pytest.fixture(scope="session")
 async def db(database_url: str) -> AsyncIterator[AsyncEngine]:
     engine = database.connect(database_url)

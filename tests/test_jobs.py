@@ -20,14 +20,7 @@ from switchboard import database, jobs
 from switchboard.jobs import CHECK, RECONCILE, Job
 from switchboard.runs.sweep import sweep
 from switchboard.tables import agent_runs
-from tests.conftest import Servers, Service, insert_run, new_database, running_service, settings_for, until
-
-
-@pytest.fixture
-async def own_database(servers: Servers, template: str) -> AsyncIterator[str]:
-    """A database of its own: the jobs of other tests are not for these workers."""
-    async with new_database(servers, template) as url:
-        yield url
+from tests.conftest import Servers, Service, insert_run, running_service, settings_for, until
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -29,7 +28,6 @@ from tests.conftest import (
     Servers,
     Service,
     insert_run,
-    new_database,
     rows_of,
     running_service,
     serving,
@@ -455,13 +453,6 @@ async def test_what_pgqueuer_notes_about_the_past_is_dropped(service: Service, d
 
 
 # Workers
-
-
-@pytest.fixture
-async def own_database(servers: Servers, template: str) -> AsyncIterator[str]:
-    """A database of its own: the jobs of other tests are not for these workers."""
-    async with new_database(servers, template) as url:
-        yield url
 
 
 async def test_200_runs_without_an_end_reach_it_within_the_pace_and_one_worker_asks_at_a_time(
