@@ -1,11 +1,21 @@
 """Every setting, read once from the environment (or a `.env` file) into one frozen object."""
 
 import re
-from typing import Annotated, Literal, Self
+from ipaddress import ip_network
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from fastapi import Depends
-from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from starlette.requests import HTTPConnection
 
@@ -17,6 +27,16 @@ _SCHEMES = {
 _SHORTEST_SECRET = 32
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+_PRIVATE_NETWORKS = (
+    "127.0.0.0/8",
+    "::1/128",
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "172.16.0.0/12",
+    "192.168.0.0/16",
+    "fc00::/7",
+)
 
 
 def http_address(value: str) -> str:
@@ -76,7 +96,7 @@ class Settings(BaseSettings):
     # The service.
 
     environment: Literal["development", "production"] = Field(
-        "development", description="`production` refuses to start while something needed is missing."
+        "development", description="`production` refuses to start while anything about it is unsafe."
     )
     app_url: str | None = Field(
         None,
@@ -117,8 +137,53 @@ class Settings(BaseSettings):
     retention_days: Annotated[int, Field(gt=0)] | None = Field(
         None, description="Days that finished runs and their events are kept; for ever unless set."
     )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is worth a line.")
 
-    @field_validator("happyrobot_resume_hosts", "cors_origins", mode="before")
+    # Limits on everybody.
+
+    max_body_size: Annotated[int, Field(ge=1_000, le=100_000_000)] = Field(
+        1_000_000, description="Bytes; a body of this size or more is refused."
+    )
+    max_header_size: Annotated[int, Field(ge=1_000, le=1_000_000)] = Field(
+        32_768, description="Bytes that a request's line and headers may take together."
+    )
+    request_timeout: Seconds = Field(30, description="Seconds in which a request, body and all, must have arrived.")
+    streams_per_key: Annotated[int, Field(gt=0)] = Field(
+        10_000, description="Open streams of one API key, its browser tokens included, in one process."
+    )
+    streams_per_address: Annotated[int, Field(gt=0)] = Field(
+        200, description="Open streams to one address in one process; this machine's own addresses are not counted."
+    )
+    failed_logins_per_minute: Annotated[int, Field(gt=0)] = Field(
+        60, description="Wrong credentials from one address in a minute, all replicas together."
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        _PRIVATE_NETWORKS,
+        description="Addresses and networks whose `X-Forwarded-For` is believed, separated by commas; those that are "
+        "not reached from the internet unless set.",
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _complain_once(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Says at once what is malformed and what is unsafe, so that nobody has to start twice to learn it."""
+        complaints: list[InitErrorDetails] = []
+        try:
+            settings = validate(values)
+        except ValidationError as error:
+            malformed = {each["loc"][0] for each in error.errors() if each["loc"]}
+            complaints = [_complaint(str(each["loc"][0]), each["msg"]) for each in error.errors() if each["loc"]]
+            try:
+                settings = validate({name: value for name, value in values.items() if name not in malformed})
+            except ValidationError:
+                raise error from None
+        named = {each["loc"] for each in complaints}
+        complaints += [each for each in _complaints(settings) if each["loc"] not in named]
+        if complaints:
+            raise ValidationError.from_exception_data(cls.__name__, complaints, hide_input=True)
+        return settings
+
+    @field_validator("happyrobot_resume_hosts", "cors_origins", "trusted_proxies", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
@@ -132,6 +197,19 @@ class Settings(BaseSettings):
     @classmethod
     def _drop_last_slash(cls, value: str | None) -> str | None:
         return None if value is None else value.rstrip("/")
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _require_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        origins = tuple(http_address(each).rstrip("/").lower() for each in value)
+        if any(urlsplit(origin).path or urlsplit(origin).query for origin in origins):
+            raise ValueError("must be origins such as https://app.example.com")
+        return origins
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _require_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(ip_network(each)) for each in value)
 
     @field_validator("database_url", "redis_url")
     @classmethod
@@ -155,22 +233,6 @@ class Settings(BaseSettings):
             raise ValueError(f"must have {_SHORTEST_SECRET} characters or more")
         return value
 
-    @model_validator(mode="after")
-    def _require_sense(self) -> Self:
-        if self.stale_after <= self.reconcile_after:
-            raise ValueError("STALE_AFTER must be more than RECONCILE_AFTER")
-        return self
-
-    @model_validator(mode="after")
-    def _require_real_parts_in_production(self) -> Self:
-        needed = ("database_url", "redis_url", "happyrobot_webhook_url", "app_url", "app_secret")
-        missing = [name.upper() for name in needed if getattr(self, name) is None]
-        if self.callback_key is None:
-            missing.append("HAPPYROBOT_CALLBACK_KEY")
-        if self.environment == "production" and missing:
-            raise ValueError(f"ENVIRONMENT=production needs {', '.join(missing)}")
-        return self
-
     @property
     def callback_key(self) -> SecretStr | None:
         """The key that HappyRobot must send with its callbacks, if any."""
@@ -185,6 +247,44 @@ class Settings(BaseSettings):
     def callback_url(self) -> str:
         """Where HappyRobot is told to send its callbacks."""
         return f"{self.app_url or f'http://127.0.0.1:{self.port}'}/api/webhooks/happyrobot"
+
+
+def _complaint(name: str, message: str) -> InitErrorDetails:
+    # Not a template: what it says is said as it stands.
+    return InitErrorDetails(
+        type=PydanticCustomError("setting", "{message}", {"message": message}), loc=(name,), input=None
+    )
+
+
+def _complaints(settings: Settings) -> list[InitErrorDetails]:
+    """What does not fit together, what nobody would want in production, and what to set instead."""
+    complaints = []
+    if settings.stale_after <= settings.reconcile_after:
+        complaints.append(_complaint("stale_after", "must be more than RECONCILE_AFTER"))
+    if settings.environment == "production":
+        complaints += [
+            _complaint(name, f"{reason} (ENVIRONMENT=production)") for name, reason in _unsafe(settings).items()
+        ]
+    return complaints
+
+
+def _unsafe(settings: Settings) -> dict[str, str]:
+    reasons = {}
+    if settings.database_url is None:
+        reasons["database_url"] = "must be set; the embedded PostgreSQL is for development"
+    if settings.redis_url is None:
+        reasons["redis_url"] = "must be set; the embedded Valkey is for development"
+    if settings.happyrobot_webhook_url is None:
+        reasons["happyrobot_webhook_url"] = "must be set; the simulator is for development"
+    if settings.callback_key is None:
+        reasons["happyrobot_callback_key"] = "must be set, or HAPPYROBOT_X_API_KEY; else anybody could send callbacks"
+    if settings.app_secret is None:
+        reasons["app_secret"] = f"must be set, to {_SHORTEST_SECRET} characters or more: `openssl rand -hex 32`"
+    if settings.app_url is None or not settings.app_url.startswith("https://"):
+        reasons["app_url"] = "must be set to this service's public https:// address"
+    if settings.allow_private_webhooks:
+        reasons["allow_private_webhooks"] = "must not be true; customers could reach into your network"
+    return reasons
 
 
 def _settings(connection: HTTPConnection) -> Settings:
