@@ -21,8 +21,10 @@ import httpx
 import pytest
 import uvicorn
 from httpx_sse import aconnect_sse
+from playwright.async_api import Browser, Page, async_playwright
 from sqlalchemy import Table, func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from switchboard import cli, database, embedded, local
 from switchboard.app import create_app
@@ -31,6 +33,7 @@ from switchboard.embedded.lease import _kept
 from switchboard.happyrobot.simulator import Simulator
 from switchboard.live.hub import Hub
 from switchboard.migrate import migrate
+from switchboard.protocol import BoundedProtocol
 from switchboard.settings import Settings
 from switchboard.wiring import State
 
@@ -177,12 +180,22 @@ class Upstream:
 
 
 @contextlib.asynccontextmanager
-async def serving(build: Callable[[int], Any]) -> AsyncIterator[tuple[str, uvicorn.Server]]:
+async def serving(
+    build: Callable[[int], Any], *, http: type[asyncio.Protocol] = HttpToolsProtocol
+) -> AsyncIterator[tuple[str, uvicorn.Server]]:
     """Serves the ASGI application that is built for a free port, in this event loop."""
     with local.listening(local.LOOPBACK, 0) as listener:
         port = listener.getsockname()[1]
         # Kept alive longer than any test lasts, as `serve` does: no connection is closed under a request.
-        config = uvicorn.Config(build(port), log_level="warning", timeout_keep_alive=600, timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            build(port),
+            http=http,
+            ws="none",
+            proxy_headers=False,
+            log_level="warning",
+            timeout_keep_alive=600,
+            timeout_graceful_shutdown=5,
+        )
         server = uvicorn.Server(config)
         # Without the signal handlers of `serve`, which are the process's.
         task = asyncio.create_task(server._serve([listener]))
@@ -271,7 +284,7 @@ async def running_service(
     def build(port: int) -> Any:
         return create_app(settings.model_copy(update={"port": port}), upstream=upstream, worker=worker)
 
-    async with serving(build) as (url, server):
+    async with serving(build, http=BoundedProtocol) as (url, server):
         state = server.lifespan.state
         limits = httpx.Limits(max_connections=50)
         async with httpx.AsyncClient(base_url=url, timeout=20, limits=limits, verify=False) as http:
@@ -316,6 +329,53 @@ async def rows_of(db: AsyncEngine, table: Table, run_id: str) -> int:
         return await conn.scalar(select(func.count()).select_from(table).where(table.c.run_id == run_id)) or 0
 
 
+@pytest.fixture(scope="session")
+async def browser() -> AsyncIterator[Browser]:
+    """Chromium, for `async` tests. A machine without one does without these tests, except where changes are judged."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        (pytest.fail if "CI" in os.environ else pytest.skip)("there is no Chromium")
+    async with async_playwright() as playwright:
+        # Its sandbox is not for root, and containers have little shared memory.
+        arguments = ["--no-sandbox", "--disable-dev-shm-usage"]
+        browser = await playwright.chromium.launch(executable_path=found, args=arguments)
+        yield browser
+        await browser.close()
+
+
+@dataclass
+class Tab:
+    """A page in the browser, and what went wrong in it: what it logged as errors, and requests to other hosts.
+
+    A test that expects any of that takes it off the list; at its end there must be nothing left.
+    """
+
+    page: Page
+    complaints: list[str]
+
+
+@pytest.fixture
+async def tab(browser: Browser) -> AsyncIterator[Tab]:
+    """A page that shares nothing with those before it."""
+    context = await browser.new_context()
+    tab = Tab(await context.new_page(), [])
+
+    def listen(page: Page) -> None:
+        page.on("console", lambda said: tab.complaints.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: tab.complaints.append(str(error)))
+
+    def look(url: str) -> None:
+        if urlsplit(url).hostname not in (local.LOOPBACK, "localhost", None):
+            tab.complaints.append(f"asked another host: {url}")
+
+    listen(tab.page)
+    context.on("page", listen)
+    context.on("request", lambda request: look(request.url))
+    yield tab
+    await context.close()
+    assert tab.complaints == []
+
+
 async def until(condition: Callable[[], Awaitable[bool]], *, within: float = 60) -> None:
     """Waits for something that only looking can tell."""
     async with asyncio.timeout(within):
@@ -330,6 +390,17 @@ class Said:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture
+def environment(database_url: str, servers: Servers) -> dict[str, str]:
+    """What a command is told."""
+    return {
+        "DATABASE_URL": database_url,
+        "REDIS_URL": servers.redis_url,
+        "APP_SECRET": APP_SECRET,
+        "HAPPYROBOT_WEBHOOK_URL": "https://h.example/hooks/default",
+    }
 
 
 @pytest.fixture

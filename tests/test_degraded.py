@@ -248,7 +248,14 @@ async def test_what_is_being_announced_when_the_service_stops_is_announced(db: A
 
     def event(number: int) -> Event:
         return Event(
-            id=number, run_id="r", context_id="c", event_type="log", status=RunStatus.RUNNING, timestamp=now, data=None
+            id=number,
+            run_id="r",
+            context_id="c",
+            workflow_id="w",
+            event_type="log",
+            status=RunStatus.RUNNING,
+            timestamp=now,
+            data=None,
         )
 
     now = datetime.now(UTC)

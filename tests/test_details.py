@@ -205,8 +205,10 @@ async def test_a_key_that_happyrobot_refuses_is_named_once(
     async with answering(router, database_url, servers) as service:
         for _ in range(2):
             assert (await service.http.get(f"/api/happyrobot/runs/{run_id}/details")).status_code == 503
-    complaints = [record.getMessage() for record in caplog.records if "HAPPYROBOT_API_KEY" in record.getMessage()]
-    assert complaints == ["HappyRobot refuses HAPPYROBOT_API_KEY (401); is it of this region and organisation?"]
+    complaint: Any
+    [complaint] = [record.msg for record in caplog.records if "HAPPYROBOT_API_KEY" in record.getMessage()]
+    assert complaint["event"] == "HappyRobot refuses HAPPYROBOT_API_KEY; is it of this region and organisation?"
+    assert complaint["status"] == 401
     assert API_KEY not in caplog.text
 
 

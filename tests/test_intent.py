@@ -18,6 +18,7 @@ from sqlalchemy import select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import local, workflows
+from switchboard.access.callers import ANYBODY
 from switchboard.errors import TriggerFailed
 from switchboard.events import NewEvent
 from switchboard.happyrobot import client
@@ -524,6 +525,7 @@ async def test_a_service_that_stops_during_a_call_says_at_once_that_nobody_knows
                 state["happyrobot"],
                 state["intake"],
                 state["settings"],
+                ANYBODY,
                 TriggerIn.model_validate(body),
                 body,
             )

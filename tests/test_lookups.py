@@ -106,6 +106,43 @@ async def test_the_one_who_waits_for_an_answer_of_another_process_gets_it(
     assert route.call_count == 1
 
 
+async def test_a_claim_that_was_sent_twice_is_not_taken_for_somebody_elses(
+    database_url: str, servers: Servers, run_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    router = respx.MockRouter()
+    platform(router, run_id).respond(json={"run": {"id": "r", "status": "completed"}, "sessions": []})
+    really = Redis.set
+
+    async def twice(self: Redis, name: str, *arguments: Any, **more: Any) -> Any:
+        # As redis-py does when the answer to the first one got lost.
+        if more.get("nx"):
+            await really(self, name, *arguments, **more)
+        return await really(self, name, *arguments, **more)
+
+    monkeypatch.setattr(Redis, "set", twice)
+    async with asking(router, database_url, servers) as service:
+        answer = await status_of(service, run_id)
+    assert (answer["status"], answer["source"]) == ("completed", "happyrobot")
+
+
+async def test_a_claim_that_came_to_nothing_is_given_up_and_nobody_elses(
+    database_url: str, servers: Servers, run_id: str
+):
+    """Whoever gets no turn leaves the question to others, but not if it has become theirs meanwhile."""
+    async with (
+        asking(respx.MockRouter(), database_url, servers) as service,
+        Redis.from_url(servers.redis_url) as redis,
+    ):
+        shared = service.state["lookups"]
+        name = shared._prefix + run_id
+        assert await shared._claim(run_id, b"?mine", POLL)
+        assert not await shared._claim(run_id, b"?theirs", POLL)
+        await shared._tell(run_id, b"?theirs", await shared._nothing())
+        assert await redis.get(name) == b"?mine"
+        await shared._tell(run_id, b"?mine", await shared._nothing())
+        assert await redis.get(name) is None
+
+
 async def test_a_browser_that_hangs_up_takes_nobody_elses_answer_with_it(
     database_url: str, servers: Servers, run_id: str
 ):

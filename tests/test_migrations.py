@@ -36,13 +36,13 @@ async def empty_url(servers: Servers) -> AsyncIterator[str]:
         yield url
 
 
-async def downgrade(url: str) -> None:
+async def downgrade(url: str, to: str = "base") -> None:
     engine = database.connect(url)
     alembic = config()
 
     def down(connection: Connection) -> None:
         alembic.attributes["connection"] = connection
-        command.downgrade(alembic, "base")
+        command.downgrade(alembic, to)
 
     async with engine.begin() as conn:
         await conn.run_sync(down)
@@ -115,6 +115,35 @@ async def test_down_and_up_on_a_filled_database(empty_url: str):
     await downgrade(empty_url)
     assert await tables_in(empty_url) == {"alembic_version"}
     await migrate(empty_url)
+
+
+async def test_what_was_stored_before_there_were_keys_keeps_its_place(empty_url: str):
+    await migrate(empty_url)
+    await downgrade(empty_url, "0002")
+    engine = database.connect(empty_url)
+    async with engine.begin() as conn:
+        for workflow in ("default", "another"):
+            for statement in (
+                "INSERT INTO agent_runs (run_id, context_id, workflow_id) VALUES (:workflow, 'c', :workflow)",
+                "INSERT INTO run_events (run_id, context_id, event_type, status) VALUES (:workflow, 'c', 'x', 'RUNNING')",
+            ):
+                await conn.execute(text(statement), {"workflow": workflow})
+    await migrate(empty_url)
+    async with engine.begin() as conn:
+        events = (await conn.execute(text("SELECT run_id, workflow_id FROM run_events ORDER BY id"))).all()
+        assert events == [("default", "default"), ("another", "another")]
+        # Two owners may use the same key.
+        for owner in ("", "one"):
+            statement = (
+                "INSERT INTO executions (id, workflow_id, context_id, input, owner, idempotency_key) "
+                "VALUES (gen_random_uuid(), 'w', 'c', '{}', :owner, 'k')"
+            )
+            await conn.execute(text(statement), {"owner": owner})
+    await downgrade(empty_url, "0002")
+    async with engine.connect() as conn:
+        keys = await conn.scalars(text("SELECT idempotency_key FROM executions ORDER BY 1"))
+        assert keys.all() == ["k", None], "one of them keeps it"
+    await engine.dispose()
 
 
 async def test_several_processes_may_migrate_at_once(empty_url: str):

@@ -34,6 +34,7 @@ CHECKS = [
 ]
 HEADERS = {"X-API-KEY": HOOK_KEY}
 STREAM = "/api/events"
+SESSION = "/api/happyrobot/session"
 KNOWN = "a-run-that-is-over"
 UNDER_WAY = "the-run-that-is-under-way"  # stands for the id that the simulator gives it
 
@@ -141,4 +142,24 @@ def test_every_endpoint_is_described_with_its_errors():
             # Bad input is 400; FastAPI would say 422.
             assert ("422" in operation["responses"]) == path.endswith("/trigger"), (path, method)
             if path.startswith("/api/"):
-                assert {"401", "400", "503"} <= set(operation["responses"]), (path, method)
+                assert {"400", "503"} <= set(operation["responses"]), (path, method)
+                # Whoever has no session may end it.
+                assert ("401" in operation["responses"]) == ((path, method) != (SESSION, "delete")), (path, method)
+
+
+def test_every_endpoint_says_with_which_credentials_it_is_asked():
+    guarded = create_app(settings_for("postgresql://unused", "redis://unused", None, allow_anonymous=False)).openapi()
+    assert set(guarded["components"]["securitySchemes"]) == {"bearer", "access_token", "cookie"}
+    for path, operations in guarded["paths"].items():
+        for method, operation in operations.items():
+            ways = operation.get("security", [])
+            if (
+                not path.startswith("/api/")
+                or path == "/api/webhooks/happyrobot"
+                or (path, method) == (SESSION, "delete")
+            ):
+                assert ways == []
+                continue
+            assert {"bearer": []} in ways
+            assert ({"access_token": []} in ways) == (method == "get")
+            assert [{}, *ways] == DOCUMENT["paths"][path][method]["security"], "where none are needed"

@@ -32,6 +32,7 @@ def environment(database_url: str, servers: Servers) -> Iterator[None]:
         APP_URL="http://127.0.0.1:1",
         HAPPYROBOT_X_API_KEY=HOOK_KEY,
         APP_SECRET=APP_SECRET,
+        LOG_LEVEL="warning",
     ):
         yield
 
@@ -122,6 +123,8 @@ async def test_several_workers_share_a_port(environment: None, db: AsyncEngine, 
                 async with asyncio.timeout(10):
                     assert (await anext(events)).json()["data"] == 1
                 await stack.aclose()
+            # Each has the bounds of the settings.
+            assert (await http.get("/healthz", headers={"X": "x" * 32_768})).status_code == 431
 
 
 async def test_a_worker_of_its_own_does_what_a_service_without_one_leaves(
@@ -307,7 +310,7 @@ async def test_the_simulator_can_be_run_alone():
         (["--version"], {}, 0, __version__),
         (["simulate", "--faults", "gremlins"], {}, 2, "unknown fault: gremlins"),
         (["serve"], {"PORT": "many"}, 1, "PORT: Input should be a valid integer"),
-        (["serve"], {"ENVIRONMENT": "production"}, 1, "ENVIRONMENT=production needs DATABASE_URL, REDIS_URL"),
+        (["serve"], {"ENVIRONMENT": "production"}, 1, "APP_URL: must be set to this service's public https:// address"),
         (["serve", "--host", "203.0.113.1"], {}, 1, "cannot listen on 203.0.113.1"),
         (["migrate"], {"SWITCHBOARD_DATA_DIR": "/dev/null/x"}, 1, "cannot hold the private servers"),
         (

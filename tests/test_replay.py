@@ -20,6 +20,7 @@ from switchboard.live.channel import Channel
 from switchboard.live.hub import Hub
 from switchboard.live.messages import pack
 from switchboard.runs.ingest import write
+from switchboard.sight import EVERYTHING
 from tests.conftest import Servers, insert_run, new_database
 
 
@@ -65,7 +66,7 @@ class World:
     def __init__(self, db: AsyncEngine, hubs: tuple[Hub, Hub], contexts: list[str], runs: list[str]) -> None:
         self.db = db
         self.hubs = hubs
-        self.scopes = [Scope(contexts[0]), Scope(run_id=runs[1]), Scope()]
+        self.scopes = [Scope(EVERYTHING, contexts[0]), Scope(EVERYTHING, run_id=runs[1]), Scope(EVERYTHING)]
         self.runs = runs
         self.history: list[Event] = []
         self.messages: list[bytes] = []

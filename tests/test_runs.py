@@ -180,6 +180,7 @@ async def test_the_timeline_is_read_from_any_event_on(service: Service, run_id: 
         "id": events[3]["id"],
         "run_id": run_id,
         "context_id": context_id,
+        "workflow_id": "default",
         "event_type": "log",
         "status": "RUNNING",
         "timestamp": "2026-01-01T00:00:03.000Z",

@@ -119,11 +119,22 @@ def test_production_says_what_is_missing(missing: str):
 
 
 @pytest.mark.parametrize(
-    "unsafe", [{"app_url": "http://calls.example.com"}, {"allow_private_webhooks": True}, {"app_secret": "s" * 31}]
+    "unsafe",
+    [
+        {"app_url": "http://calls.example.com"},
+        {"allow_private_webhooks": True},
+        {"app_secret": "s" * 31},
+        {"happyrobot_webhook_url": "http://hooks.example.com/x"},
+        {"happyrobot_api_url": "http://api.example.com/api/v1"},
+    ],
 )
 def test_production_says_what_is_unsafe(unsafe: dict[str, Any]):
     assert Settings(**PRODUCTION).environment == "production"
     assert complaints(**PRODUCTION | unsafe).keys() == unsafe.keys()
+
+
+def test_production_can_be_tried_against_something_on_this_machine():
+    Settings(**PRODUCTION | {"happyrobot_webhook_url": "http://127.0.0.1:8090/hooks/x"})
 
 
 def test_production_names_everything_at_once_what_is_malformed_too():
@@ -132,7 +143,7 @@ def test_production_names_everything_at_once_what_is_malformed_too():
         ["port", "app_secret", "stale_after", "happyrobot_callback_key"]
         + [name for name in NEEDED if name not in ("happyrobot_x_api_key", "app_secret")]
     )
-    assert said["app_secret"] == "Value error, must have 32 characters or more"
+    assert said["app_secret"] == "must have 32 characters or more"
 
 
 @pytest.mark.parametrize("origins", ["*", "app.example.com", "https://app.example.com/path", "https://a.example?x"])

@@ -21,6 +21,7 @@ from switchboard.live.channel import Channel
 from switchboard.live.hub import Follower, Hub
 from switchboard.live.messages import Frame
 from switchboard.runs.ingest import write
+from switchboard.sight import EVERYTHING
 from tests.conftest import (
     Servers,
     Service,
@@ -49,6 +50,7 @@ async def test_an_event_reaches_the_browser_as_the_guide_has_it(service: Service
         "id": event["id"],
         "run_id": run_id,
         "context_id": context_id,
+        "workflow_id": "default",
         "event_type": "log",
         "status": "RUNNING",
         "timestamp": "2026-01-01T00:00:00.000Z",
@@ -361,7 +363,7 @@ async def test_messages_that_pile_up_are_dropped_and_read_from_postgresql(
     run_id = await insert_run(db, context_id)
     redis = Redis.from_url(NO_REDIS)
     hub = Hub(db, redis, Channel(db))
-    async with hub.running(), hub.following(Scope(context_id)) as follower:
+    async with hub.running(), hub.following(Scope(EVERYTHING, context_id)) as follower:
         for number in range(5):
             async with db.begin() as conn:
                 written = await write(conn, [NewEvent(run_id, "log", number)])
@@ -408,8 +410,10 @@ async def test_streams_say_goodbye_when_the_service_stops(
 
 
 async def test_a_browser_that_does_not_read_is_sent_away():
-    follower = Follower(Scope(), 0)
-    event = Event(id=1, run_id="r", context_id="c", event_type="log", status="RUNNING", timestamp=NOW, data=None)
+    follower = Follower(Scope(EVERYTHING), 0)
+    event = Event(
+        id=1, run_id="r", context_id="c", workflow_id="w", event_type="log", status="RUNNING", timestamp=NOW, data=None
+    )
     for _ in range(hubs.MAX_UNREAD):
         follower.push(Frame(event, b"{}"))
     assert not follower.lagging
@@ -424,7 +428,7 @@ async def test_a_stream_ends_when_postgresql_is_away(database_url: str, servers:
     away = database.connect("postgresql://nobody@/nothing?host=/no/such/folder")
     redis = Redis.from_url(servers.redis_url)
     hub = Hub(db, redis, Channel(db))
-    async with hub.following(Scope()) as follower:
+    async with hub.following(Scope(EVERYTHING)) as follower:
         chunks = [chunk async for chunk in streams.follow(away, hub, follower, 0)]
     assert len(chunks) == 1  # the greeting
     await redis.aclose()
@@ -433,7 +437,7 @@ async def test_a_stream_ends_when_postgresql_is_away(database_url: str, servers:
 async def test_writers_take_turns_so_that_ids_become_visible_in_order(db: AsyncEngine, context_id: str):
     """While one has its ids and has not committed, no other commits greater ones."""
     runs = [await insert_run(db, context_id) for _ in range(2)]
-    scope = Scope(context_id)
+    scope = Scope(EVERYTHING, context_id)
 
     async def visible() -> list[Event]:
         async with db.connect() as conn:

@@ -190,16 +190,6 @@ def test_a_link_that_would_be_broken_is_none(slug: str | None, workflow: str | N
 # Commands
 
 
-@pytest.fixture
-def environment(database_url: str, servers: Servers) -> dict[str, str]:
-    return {
-        "DATABASE_URL": database_url,
-        "REDIS_URL": servers.redis_url,
-        "APP_SECRET": APP_SECRET,
-        "HAPPYROBOT_WEBHOOK_URL": "https://h.example/hooks/default",
-    }
-
-
 async def test_a_workflow_from_its_registration_to_its_end(
     switchboard: Callable[..., Said], environment: dict[str, str], workflow_id: str
 ):

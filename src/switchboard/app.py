@@ -6,9 +6,9 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 
-from switchboard import __version__, callbacks, errors
+from switchboard import __version__, callbacks, edge, errors, logs, reference
+from switchboard.access import routes as access
 from switchboard.live import stream
 from switchboard.runs import calling, reading
 from switchboard.settings import Settings
@@ -25,6 +25,7 @@ def create_app(
     to others.
     """
     settings = settings or Settings()
+    logs.configure(settings)
     addresses(settings)  # complains now, and not when the first request comes
 
     @asynccontextmanager
@@ -37,20 +38,17 @@ def create_app(
         version=__version__,
         summary="The backend between an application and HappyRobot's voice agents.",
         lifespan=lifespan,
+        docs_url=None,  # both would be pages that load their scripts from another host
+        redoc_url=None,
     )
     errors.install(app)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
-            expose_headers=["Link", "Retry-After"],
-        )
+    edge.install(app, settings)
     app.include_router(calling.router)
     app.include_router(reading.router)
     app.include_router(callbacks.router)
     app.include_router(stream.router)
+    app.include_router(access.router)
+    app.include_router(reference.router)
 
     @app.get("/healthz", tags=["operations"], summary="Is the process alive?")
     async def healthz() -> dict[str, str]:
@@ -60,7 +58,7 @@ def create_app(
     document = app.openapi
 
     def openapi() -> dict[str, Any]:
-        return _without_validation_errors(document())
+        return _corrected(document(), anonymous=settings.anonymous_allowed)
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to change the document
     return app
@@ -71,12 +69,16 @@ def without_worker() -> FastAPI:
     return create_app(worker=False)
 
 
-def _without_validation_errors(document: dict[str, Any]) -> dict[str, Any]:
-    """Drops the 422 that FastAPI adds to every endpoint: bad input is answered 400, in the endpoint's own shape."""
+def _corrected(document: dict[str, Any], *, anonymous: bool) -> dict[str, Any]:
+    """What FastAPI says about every endpoint alike, as it is."""
     for operations in document["paths"].values():
-        for operation in operations.values():
+        for method, operation in operations.items():
+            # Bad input is answered 400, in the endpoint's own shape.
             if operation["responses"].get("422", {}).get("description") == "Validation Error":
                 del operation["responses"]["422"]
+            if "security" in operation:
+                ways = [way for way in operation["security"] if way and (method == "get" or "access_token" not in way)]
+                operation["security"] = [{}, *ways] if anonymous else ways
     for schema in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(schema, None)
     return document

@@ -1,5 +1,6 @@
 """Reading JSON bodies: bounded, strict, and storable in PostgreSQL."""
 
+import asyncio
 import math
 import re
 from collections.abc import Iterator
@@ -9,10 +10,8 @@ from fastapi import Depends, Request
 from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
 from pydantic_core import PydanticCustomError, from_json
 
-from switchboard.errors import BadRequest, TooLarge, complaint
-
-MAX_BODY = 1_000_000
-"""Bytes; a body of this size or more is refused."""
+from switchboard.errors import BadRequest, RequestTimeout, TooLarge, complaint
+from switchboard.settings import Settings
 
 # What the parser lets through and PostgreSQL or a browser would not take: NUL characters, and numbers so large
 # that they have become infinite. Both are rare, so only a body that looks like it is searched.
@@ -60,15 +59,21 @@ def parse(raw: bytes) -> Any:
 
 
 async def read(request: Request) -> bytes:
-    """The body's bytes; stops reading as soon as there are too many."""
+    """The body's bytes; stops reading as soon as there are too many, or they are too slow to come."""
+    settings: Settings = request.state.settings
+    too_large = TooLarge(f"The body must be smaller than {settings.max_body_size / 1e6:g} MB")
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) >= MAX_BODY:
-        raise TooLarge("The body must be smaller than 1 MB")
+    if length.isdecimal() and int(length) >= settings.max_body_size:
+        raise too_large
     raw = bytearray()
-    async for chunk in request.stream():
-        raw += chunk
-        if len(raw) >= MAX_BODY:
-            raise TooLarge("The body must be smaller than 1 MB")
+    try:
+        async with asyncio.timeout(settings.request_timeout):
+            async for chunk in request.stream():
+                raw += chunk
+                if len(raw) >= settings.max_body_size:
+                    raise too_large
+    except TimeoutError as error:
+        raise RequestTimeout(f"The body must arrive within {settings.request_timeout:g} seconds") from error
     return bytes(raw)
 
 

@@ -1,14 +1,14 @@
 """Redis while it answers, and what a process can do alone while it does not."""
 
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+import structlog
 from redis.exceptions import RedisError
 from throttled.exceptions import StoreUnavailableError
 
-log = logging.getLogger(__name__)
+log = structlog.stdlib.get_logger(__name__)
 
 _REST = 5.0
 """Seconds for which a Redis that failed is left alone, so that only one caller in a while waits for it in vain."""
@@ -29,5 +29,5 @@ class Breaker:
                 return await shared()
             except (RedisError, StoreUnavailableError, OSError) as error:
                 self._closed_again_at = time.monotonic() + _REST
-                log.warning("Redis is away (%s); this process goes by itself", type(error).__name__)
+                log.warning("Redis is away; this process goes by itself", error=error)
         return await alone()

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Header, Request
 from pydantic import BaseModel, Field
 
 from switchboard import bodies
+from switchboard.access.limits import CurrentFailures, address_of
 from switchboard.errors import NotFound, Unauthorized, described
 from switchboard.happyrobot.payloads import CallbackIn, read_callback
 from switchboard.runs.intake import CurrentIntake
@@ -24,7 +25,9 @@ class CallbackOut(BaseModel):
 
 
 async def _from_happyrobot(
+    request: Request,
     settings: CurrentSettings,
+    failures: CurrentFailures,
     x_api_key: Annotated[str, Header(description="`HAPPYROBOT_CALLBACK_KEY`, if one is set.")] = "",
 ) -> None:
     expected = settings.callback_key
@@ -32,13 +35,15 @@ async def _from_happyrobot(
         return
     # Bytes, because compare_digest refuses text beyond ASCII.
     if not hmac.compare_digest(x_api_key.encode(), expected.get_secret_value().encode()):
+        if x_api_key:
+            await failures.count(address_of(request))
         raise Unauthorized("Unauthorized")
 
 
 @router.post(
     "/api/webhooks/happyrobot",
     summary="Take a callback of HappyRobot",
-    responses=described(400, 401, 404, 413),
+    responses=described(400, 401, 404, 408, 413, 429),
     response_model_exclude_unset=True,
     # The key is checked before a byte of the body is read.
     dependencies=[Depends(_from_happyrobot)],

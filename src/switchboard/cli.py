@@ -11,14 +11,16 @@ import uvicorn
 from pydantic import SecretStr, ValidationError
 from uvicorn.supervisors import Multiprocess
 
-from switchboard import __version__, demo, local
+from switchboard import __version__, demo, local, logs
 from switchboard import migrate as migrations
 from switchboard import worker as background
-from switchboard.commands import workflows
+from switchboard.commands import keys, secrets, workflows
 from switchboard.embedded import EmbeddedUnavailable
 from switchboard.errors import PostgresAway
 from switchboard.happyrobot.simulator import Faults, Shape, Simulator
-from switchboard.sealing import SecretMissing
+from switchboard.logs.traces import trace
+from switchboard.protocol import BoundedProtocol
+from switchboard.sealing import SealBroken, SecretMissing
 from switchboard.settings import Settings
 
 app = typer.Typer(
@@ -28,7 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(keys.app, name="keys")
 app.add_typer(workflows.app, name="workflows")
+app.add_typer(secrets.app, name="secrets")
 
 _Hidden = Annotated[bool, typer.Option(hidden=True)]
 
@@ -36,6 +40,7 @@ _Hidden = Annotated[bool, typer.Option(hidden=True)]
 _SAID_IN_A_LINE = (
     EmbeddedUnavailable,
     PostgresAway,
+    SealBroken,
     SecretMissing,
     local.ChildFailed,
     local.PortTaken,
@@ -56,6 +61,8 @@ def main() -> None:
             for complaint in error.errors(include_url=False, include_input=False)
         ]
         sys.exit("\n".join(["switchboard: the settings do not fit together", *complaints]))
+    except Exception as error:  # noqa: BLE001  # Python's own traceback would repeat, say, a malformed password
+        sys.exit(f"switchboard: {trace(error)}")
 
 
 def _version(wanted: bool) -> None:
@@ -91,6 +98,7 @@ def serve(
     if leave_with_stdin:
         local.leave_with_stdin()
     settings = Settings()
+    logs.configure(settings)
     with contextlib.ExitStack() as stack:
         wanted = settings.port if port is None else port
         listener = stack.enter_context(local.listening(host, wanted, or_any=for_demo))
@@ -115,7 +123,10 @@ def serve(
             factory=True,
             workers=workers,
             loop="uvloop",
-            http="httptools",
+            http=BoundedProtocol,
+            ws="none",
+            proxy_headers=False,  # the application does it, by TRUSTED_PROXIES
+            log_config=None,
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -140,6 +151,7 @@ def work(
 ) -> None:
     """Do the background work alone; any number of workers may run beside the service."""
     settings = Settings()
+    logs.configure(settings)
     with local.servers(settings), local.app_secret(settings):
         if migrate:
             _migrate()
@@ -150,7 +162,9 @@ def work(
 @app.command()
 def migrate() -> None:
     """Bring the database to the newest schema."""
-    with local.servers(Settings()):
+    settings = Settings()
+    logs.configure(settings)
+    with local.servers(settings):
         _migrate()
     typer.echo("The database is at the newest schema.")
 
@@ -178,6 +192,7 @@ def simulate(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--faults") from error
     settings = Settings()
+    logs.configure(settings)
     simulator = Simulator(
         hook_key=_revealed(settings.happyrobot_x_api_key),
         callback_key=_revealed(settings.callback_key),
@@ -189,7 +204,7 @@ def simulate(
     )
     with local.listening(local.LOOPBACK, port) as listener:
         typer.echo(f"The simulator listens on http://{local.LOOPBACK}:{listener.getsockname()[1]}")
-        config = uvicorn.Config(simulator.app, log_level="warning", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(simulator.app, log_config=None, log_level="warning", timeout_graceful_shutdown=1)
         uvicorn.Server(config).run([listener])
 
 

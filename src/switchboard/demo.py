@@ -38,6 +38,9 @@ def run(*, once: bool, port: int, pace: float) -> None:
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(local.environment(ENVIRONMENT="development", ALLOW_ANONYMOUS="true"))
+        if "log_level" not in settings.model_fields_set:
+            # Only what goes wrong stands between the events of the call.
+            stack.enter_context(local.environment(LOG_LEVEL="warning"))
         with _step(console, "PostgreSQL and Redis"):
             stack.enter_context(local.servers(settings))
         with _step(console, "HappyRobot"):

@@ -5,19 +5,23 @@ SwitchboardError
 ├── Unauthorized    401  no credentials, or wrong ones
 ├── Forbidden       403  known, and not allowed
 ├── NotFound        404
+├── RequestTimeout  408  the body did not arrive in time
 ├── Conflict        409  not as things stand
 ├── NotConfigured   409  not without a setting that is missing
 ├── TooLarge        413  the body is over the limit
+├── TooMany         429  more than is allowed in so short a time
 ├── Unprocessable   422  an Idempotency-Key that stands for something else
 ├── TriggerFailed   502  HappyRobot did not confirm that it started the workflow
 ├── UpstreamFailed  502  HappyRobot refused something else
 └── Unavailable     503  something that is needed is away; worth another try
 """
 
-import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,13 +31,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-log = logging.getLogger(__name__)
+log = structlog.stdlib.get_logger(__name__)
 
 
 class SwitchboardError(Exception):
     """An error that a caller is told about: a status, a sentence, and fields beside it."""
 
     status_code = 500
+    headers: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, message: str, **fields: Any) -> None:
         super().__init__(message)
@@ -47,6 +52,7 @@ class BadRequest(SwitchboardError):
 
 class Unauthorized(SwitchboardError):
     status_code = 401
+    headers = MappingProxyType({"WWW-Authenticate": "Bearer"})
 
 
 class Forbidden(SwitchboardError):
@@ -55,6 +61,11 @@ class Forbidden(SwitchboardError):
 
 class NotFound(SwitchboardError):
     status_code = 404
+
+
+class RequestTimeout(SwitchboardError):
+    status_code = 408
+    headers = MappingProxyType({"Connection": "close"})  # what else of it comes is not waited for
 
 
 class Conflict(SwitchboardError):
@@ -67,6 +78,16 @@ class TooLarge(SwitchboardError):
 
 class Unprocessable(SwitchboardError):
     status_code = 422
+
+
+class TooMany(SwitchboardError):
+    """Worth another try after some seconds."""
+
+    status_code = 429
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.headers = {"Retry-After": str(math.ceil(retry_after))}
 
 
 class NotConfigured(SwitchboardError):
@@ -98,8 +119,10 @@ _MEANINGS = {
     401: "Credentials are missing or wrong; nothing was changed.",
     403: "Known, and not allowed; nothing was changed.",
     404: "There is no such thing.",
+    408: "The body did not arrive within `REQUEST_TIMEOUT`; nothing was changed.",
     409: "Not as things stand; nothing was changed.",
-    413: "The body is larger than 1 MB; nothing was changed.",
+    413: "The body is not smaller than `MAX_BODY_SIZE`; nothing was changed.",
+    429: "More than is allowed in so short a time; try again after `Retry-After` seconds.",
     422: "The `Idempotency-Key` was used with another body; nothing was changed.",
     502: "HappyRobot did not confirm it.",
     503: "PostgreSQL or HappyRobot is away, or there is too much to do; try again after `Retry-After` seconds.",
@@ -156,7 +179,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(SwitchboardError)
     async def _(_: Request, error: SwitchboardError) -> Response:
-        return _answer(error.status_code, error.message, **error.fields)
+        answer = _answer(error.status_code, error.message, **error.fields)
+        answer.headers.update(error.headers)
+        return answer
 
     @app.exception_handler(RequestValidationError)
     async def _(_: Request, error: RequestValidationError) -> Response:
@@ -175,15 +200,10 @@ def install(app: FastAPI) -> None:
     async def _(_: Request, error: Exception) -> Response:
         if not will_pass(error):
             raise error
-        log.warning("PostgreSQL is away or busy: %s", type(error).__name__)
+        log.warning("PostgreSQL is away or busy", error=error)
         return _answer(503, "Database unavailable")
 
     @app.exception_handler(ClientDisconnect)
     async def _(_: Request, __: ClientDisconnect) -> Response:
         # Hung up in the middle of its body: nobody is there to read this.
         return _answer(400, "The body is incomplete")
-
-    @app.exception_handler(Exception)
-    async def _(_: Request, __: Exception) -> Response:
-        # The traceback is logged by the server; the caller learns nothing about our insides.
-        return _answer(500, "Internal server error")

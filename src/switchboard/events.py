@@ -12,6 +12,7 @@ from sqlalchemy import Row, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.jobs import Job
+from switchboard.sight import Sight
 from switchboard.tables import RunStatus, run_events
 
 
@@ -61,6 +62,7 @@ class Event(BaseModel):
     id: int = Field(description="Grows with time; resume after it.", examples=[4711])
     run_id: str
     context_id: str
+    workflow_id: str = Field(examples=["default"])
     event_type: str = Field(examples=["log"])
     status: RunStatus = Field(description="The run's status once this had happened.")
     timestamp: Timestamp = Field(description="When it happened, or when we learnt of it.")
@@ -73,6 +75,7 @@ class Event(BaseModel):
             id=row.id,
             run_id=row.run_id,
             context_id=row.context_id,
+            workflow_id=row.workflow_id,
             event_type=row.event_type,
             status=RunStatus(row.status),
             timestamp=row.occurred_at or row.created_at,
@@ -86,8 +89,9 @@ class Event(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Which events somebody wants: those of a context, of a run, or all."""
+    """Which events somebody wants, those of a context, of a run, or all, of what they may see."""
 
+    sight: Sight
     context_id: str | None = None
     run_id: str | None = None
 
@@ -96,6 +100,7 @@ class Scope:
             isinstance(event, Event)
             and self.context_id in (None, event.context_id)
             and self.run_id in (None, event.run_id)
+            and self.sight.covers(event.context_id, event.workflow_id)
         )
 
 
@@ -108,6 +113,7 @@ async def read_events(
         query = query.where(run_events.c.context_id == scope.context_id)
     if scope.run_id is not None:
         query = query.where(run_events.c.run_id == scope.run_id)
+    query = scope.sight.narrow(query, run_events.c.context_id, run_events.c.workflow_id)
     if up_to is not None:
         query = query.where(run_events.c.id <= up_to)
     return [Event.of(row) for row in await conn.execute(query)]

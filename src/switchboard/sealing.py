@@ -7,8 +7,11 @@ from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import SecretStr
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.settings import Settings
+from switchboard.tables import SEALED
 
 _PURPOSE = b"switchboard: secrets at rest, 1"
 """Keeps this key apart from others that are derived from the same secret."""
@@ -50,6 +53,30 @@ class Sealer:
             ) from error
 
 
+async def reseal(conn: AsyncConnection, sealer: Sealer) -> int:
+    """Seals everything anew with the current secret, in the caller's transaction; returns how much there was.
+
+    Raises SealBroken where something cannot be opened, and nothing is to be changed then.
+    """
+    count = 0
+    for column in SEALED:
+        (key,) = column.table.primary_key
+        # Locked, so that one which is set meanwhile is not overwritten with what was there before.
+        query = select(key, column).where(column.is_not(None)).order_by(key).with_for_update()
+        for name, sealed in (await conn.execute(query)).all():
+            try:
+                anew = sealer.seal(sealer.open(sealed).get_secret_value())
+            except SealBroken as error:
+                raise SealBroken(f"{column.table.name} {name}: {error}") from error
+            await conn.execute(update(column.table).where(key == name).values({column: anew}))
+            count += 1
+    return count
+
+
+def derived(secret: SecretStr, purpose: bytes) -> bytes:
+    """A key of 32 bytes for one purpose, which says nothing about the secret or about keys for others."""
+    return HKDF(algorithm=SHA256(), length=32, salt=None, info=purpose).derive(secret.get_secret_value().encode())
+
+
 def _fernet(secret: SecretStr) -> Fernet:
-    key = HKDF(algorithm=SHA256(), length=32, salt=None, info=_PURPOSE).derive(secret.get_secret_value().encode())
-    return Fernet(base64.urlsafe_b64encode(key))
+    return Fernet(base64.urlsafe_b64encode(derived(secret, _PURPOSE)))

@@ -251,9 +251,8 @@ class Settings(BaseSettings):
 
 def _complaint(name: str, message: str) -> InitErrorDetails:
     # Not a template: what it says is said as it stands.
-    return InitErrorDetails(
-        type=PydanticCustomError("setting", "{message}", {"message": message}), loc=(name,), input=None
-    )
+    said = {"message": message.removeprefix("Value error, ")}
+    return InitErrorDetails(type=PydanticCustomError("setting", "{message}", said), loc=(name,), input=None)
 
 
 def _complaints(settings: Settings) -> list[InitErrorDetails]:
@@ -268,6 +267,12 @@ def _complaints(settings: Settings) -> list[InitErrorDetails]:
     return complaints
 
 
+def _in_the_clear(address: str | None) -> bool:
+    """Whether what is sent there crosses a network unencrypted."""
+    parts = urlsplit(address or "")
+    return parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1")
+
+
 def _unsafe(settings: Settings) -> dict[str, str]:
     reasons = {}
     if settings.database_url is None:
@@ -276,6 +281,9 @@ def _unsafe(settings: Settings) -> dict[str, str]:
         reasons["redis_url"] = "must be set; the embedded Valkey is for development"
     if settings.happyrobot_webhook_url is None:
         reasons["happyrobot_webhook_url"] = "must be set; the simulator is for development"
+    for name in ("happyrobot_webhook_url", "happyrobot_api_url"):
+        if _in_the_clear(getattr(settings, name)):
+            reasons[name] = "must be an https:// address; keys and phone numbers are sent there"
     if settings.callback_key is None:
         reasons["happyrobot_callback_key"] = "must be set, or HAPPYROBOT_X_API_KEY; else anybody could send callbacks"
     if settings.app_secret is None:

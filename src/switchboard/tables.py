@@ -3,17 +3,23 @@
 from enum import StrEnum
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     DateTime,
+    ForeignKey,
     Identity,
     Index,
+    Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
     Text,
+    UniqueConstraint,
     Uuid,
     false,
     func,
@@ -46,6 +52,14 @@ class ExecutionStatus(StrEnum):
     COMPLETED = "completed"  # all its runs are over, none failed
     FAILED = "failed"  # HappyRobot refused it, or one of its runs failed
     CANCELLED = "cancelled"  # all its runs were canceled
+
+
+class KeyScope(StrEnum):
+    """What an API key opens."""
+
+    APP = "app"  # /api/happyrobot/* and /api/events, and browser tokens for them
+    PUBLIC = "public"  # the Public API, for a customer's website
+    ADMIN = "admin"  # what an operator may do: all that an app may, and what looks after the installation
 
 
 metadata = MetaData(
@@ -108,12 +122,16 @@ executions = Table(
     _created_at(),
     Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("completed_at", DateTime(timezone=True)),
-    # What the caller sent as `Idempotency-Key`: the same one is the same execution.
-    Column("idempotency_key", String(255), unique=True),
+    # What the caller sent as `Idempotency-Key`: the same one of the same owner is the same execution.
+    Column("idempotency_key", String(255)),
+    Column("owner", String(255), nullable=False, server_default=""),
+    # Whose API key it was, also where a browser came with a token of it.
+    Column("key_id", Uuid),
     # The process that places the call knows what became of it by then, or is gone.
     Column("answer_by", DateTime(timezone=True), nullable=False, server_default=func.now()),
     # HappyRobot named no runs. Those whose callbacks name this execution are its runs.
     Column("unconfirmed", Boolean, nullable=False, server_default=false()),
+    UniqueConstraint("owner", "idempotency_key", name="executions_owner_idempotency_key_key"),
     Index("idx_executions_status", "status", "created_at"),
 )
 
@@ -125,6 +143,7 @@ run_events = Table(
     Column("id", BigInteger, Identity(), primary_key=True),
     Column("run_id", String(255), nullable=False),
     Column("context_id", String(255), nullable=False),
+    Column("workflow_id", String(255), nullable=False, server_default="default"),
     Column("event_type", String(255), nullable=False),
     # The run's status once this event had been taken in.
     Column("status", String(50), nullable=False),
@@ -194,3 +213,53 @@ workflows = Table(
     _created_at(),
     Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
 )
+
+# Who may ask. What an API key itself is, only its owner has.
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Uuid, primary_key=True, server_default=func.gen_random_uuid()),
+    Column("name", String(255), nullable=False),
+    Column("scopes", ARRAY(String(50)), nullable=False),
+    # The workflows that it may start, and whose runs it sees; all where it is empty.
+    Column("workflows", ARRAY(String(255))),
+    Column("active", Boolean, nullable=False, server_default=true()),
+    Column("expires_at", DateTime(timezone=True)),
+    # Executions in a calendar month (UTC); any number where it is empty.
+    Column("monthly_limit", Integer),
+    # To the minute: not every request writes.
+    Column("last_used_at", DateTime(timezone=True)),
+    _created_at(),
+    Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    CheckConstraint(
+        f"scopes <@ ARRAY[{', '.join(repr(str(scope)) for scope in KeyScope)}]::varchar[] AND cardinality(scopes) > 0",
+        name="scopes_known",
+    ),
+)
+
+# What a request must bring to be taken for one of an API key: the SHA-256 of its 64 characters. A key that is rotated
+# has several for a while.
+api_key_digests = Table(
+    "api_key_digests",
+    metadata,
+    Column("digest", LargeBinary(32), primary_key=True),
+    Column("key_id", Uuid, ForeignKey("api_keys.id", ondelete="CASCADE"), nullable=False),
+    # The end of the grace that it has since another took its place.
+    Column("expires_at", DateTime(timezone=True)),
+    _created_at(),
+    Index("idx_api_key_digests_key", "key_id"),
+)
+
+# How many executions an API key has had in a month. Counted, and not looked up: a limit must hold for those who come at
+# the same instant.
+api_key_usage = Table(
+    "api_key_usage",
+    metadata,
+    Column("key_id", Uuid, ForeignKey("api_keys.id", ondelete="CASCADE"), primary_key=True),
+    # Its first day.
+    Column("month", Date, primary_key=True),
+    Column("executions", Integer, nullable=False),
+)
+
+SEALED = (workflows.c.hook_key,)
+"""The columns that hold secrets which are sealed with a key derived from `APP_SECRET`."""

@@ -11,6 +11,9 @@ from redis.backoff import ConstantBackoff, NoBackoff
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database
+from switchboard.access.limits import Failures
+from switchboard.access.seats import Seats
+from switchboard.access.tokens import Signer
 from switchboard.happyrobot.client import HappyRobot
 from switchboard.happyrobot.lookups import Lookups
 from switchboard.live.announcer import Announcer
@@ -27,6 +30,9 @@ class State(TypedDict):
 
     settings: Settings
     db: AsyncEngine
+    signer: Signer | None
+    failures: Failures
+    seats: Seats
     happyrobot: HappyRobot
     lookups: Lookups
     canceler: Canceler
@@ -60,6 +66,7 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
         shared = redis(once_more, timeout=0.5)
         happyrobot = HappyRobot(settings, shared, upstream)
         stack.push_async_callback(happyrobot.aclose)
+        seats = await stack.enter_async_context(Seats(db, settings).running())
         channel = Channel(db)
         # A subscription is silent for as long as nothing happens, so reading from it has no time limit.
         hub = await stack.enter_async_context(Hub(db, redis(Retry(NoBackoff(), 0), None), channel).running())
@@ -72,6 +79,9 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
         yield State(
             settings=settings,
             db=db,
+            signer=Signer.of(settings),
+            failures=Failures(shared, settings.failed_logins_per_minute),
+            seats=seats,
             happyrobot=happyrobot,
             lookups=lookups,
             canceler=Canceler(db, happyrobot, lookups, intake),

@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
-import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 
 import asyncpg
+import structlog
 from pgqueuer import Job as Picked
 from pgqueuer import PgQueuer, RetryRequested
 from pgqueuer.adapters.drivers.asyncpg import AsyncpgPoolDriver
@@ -23,7 +23,7 @@ from switchboard.settings import Settings
 from switchboard.tasks import end
 from switchboard.wiring import State, addresses, connected
 
-log = logging.getLogger(__name__)
+log = structlog.stdlib.get_logger(__name__)
 
 _LOOK_EVERY = timedelta(seconds=2)
 """Between looks for jobs that no notification announced: behind a pooler there may be none."""
@@ -80,7 +80,7 @@ class _Worker:
             try:
                 await self._serve_queue()
             except Exception as error:  # noqa: BLE001  # nobody waits for this task; it must outlive what goes wrong
-                log.warning("background work pauses (%s: %s)", type(error).__name__, error)
+                log.warning("background work pauses", error=error)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _RESTART_AFTER)
 
@@ -136,7 +136,7 @@ class _Worker:
             return doing.result()
         except Exception as error:  # whatever it was, the job stays
             if will_pass(error):
-                log.warning("job %s %s waits: %s", job.entrypoint, subject, type(error).__name__)
+                log.warning("job waits", job=job.entrypoint, subject=subject, error=error)
             else:
-                log.exception("job %s %s failed", job.entrypoint, subject)
+                log.exception("job failed", job=job.entrypoint, subject=subject)
             return _AFTER_TROUBLE

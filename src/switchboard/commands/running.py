@@ -8,7 +8,7 @@ from typing import NoReturn, TypeVar
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from switchboard import database, local
+from switchboard import database, local, logs
 from switchboard.settings import Settings
 
 Result = TypeVar("Result")
@@ -20,6 +20,7 @@ def in_database(work: Callable[[AsyncConnection, Settings], Awaitable[Result]]) 
     """Does something in one transaction, in the database and with the secret that `serve` would use."""
     with local.servers(Settings()), local.app_secret(Settings()):
         settings = Settings()
+        logs.configure(settings)
         assert settings.database_url is not None  # noqa: S101  # local.servers() has seen to it
         return asyncio.run(_in_transaction(settings.database_url.get_secret_value(), settings, work))
 

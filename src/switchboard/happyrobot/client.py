@@ -14,7 +14,6 @@ HappyRobotError
 import asyncio
 import contextlib
 import functools
-import logging
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -24,6 +23,7 @@ from urllib.parse import quote
 
 import httpx
 import stamina
+import structlog
 from fastapi import Depends
 from pydantic import SecretStr
 from redis.asyncio import Redis
@@ -46,7 +46,7 @@ from switchboard.happyrobot.records import (
 )
 from switchboard.settings import Settings
 
-log = logging.getLogger(__name__)
+log = structlog.stdlib.get_logger(__name__)
 
 _MAX_ANSWER = 10_000_000
 _CONNECT_TIMEOUT = 5.0
@@ -141,7 +141,7 @@ _LONGEST_RECORD = 120.0
 
 
 def _log_attempt(details: RetryDetails) -> None:
-    log.warning("%s; the trigger is sent again in %.1f s", details.caused_by, details.wait_for)
+    log.warning("trigger is sent again", error=details.caused_by, after_seconds=round(details.wait_for, 1))
 
 
 # In place of stamina's own, which would log the name of a block without one.
@@ -345,7 +345,7 @@ class HappyRobot:
             raise NotKnown("HappyRobot has no record of this run")
         refused = status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
         if refused and not self._key_refused:
-            log.error("HappyRobot refuses HAPPYROBOT_API_KEY (%s); is it of this region and organisation?", status)
+            log.error("HappyRobot refuses HAPPYROBOT_API_KEY; is it of this region and organisation?", status=status)
         self._key_refused = refused  # said once, until it is good again
         if method == "POST" and response.is_client_error and not refused and status not in _WORTH_ANOTHER_TRY:
             raise Refused(status)

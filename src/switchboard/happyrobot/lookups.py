@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import hashlib
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated, Self, cast
 
 from fastapi import Depends
 from redis.asyncio import Redis
@@ -32,7 +33,9 @@ _LOOK_EVERY = 0.05
 """Seconds between looks for an answer that another process is waiting for."""
 
 _UNDER_WAY, _NOTHING, _UNCLEAR = b"?", b"-", b"!"
-"""What stands in Redis in place of a status: an answer is awaited; there was none; it had a word that nobody knows."""
+"""What stands in Redis in place of a status: an answer is awaited (by whom); there was none; its word is unknown."""
+
+_GIVE_UP = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[1]) end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,8 @@ class Lookups:
             done.exception()  # whoever waits has it
 
     async def _ask(self, run_id: str, effort: Effort) -> _Shared:
-        mine = await self._breaker.call(lambda: self._claim(run_id, effort), self._claim_alone)
+        claim = _UNDER_WAY + secrets.token_bytes(8)
+        mine = await self._breaker.call(lambda: self._claim(run_id, claim, effort), self._claim_alone)
         if not mine:
             return await self._breaker.call(lambda: self._theirs(run_id, effort), self._nothing)
         shared = _Shared(_NOT_ASKED, time.monotonic() + SHARED_FOR)
@@ -125,7 +129,7 @@ class Lookups:
         finally:
             # Also where it could not be taken in: the next one who asks need not wait until the claim is over.
             self._remember(run_id, shared)
-            await self._breaker.call(lambda: self._tell(run_id, shared), self._told_nobody)
+            await self._breaker.call(lambda: self._tell(run_id, claim, shared), self._told_nobody)
         return shared
 
     async def _upstream(self, run_id: str, effort: Effort) -> _Shared:
@@ -171,10 +175,13 @@ class Lookups:
         recent = self._fresh(run_id)
         return recent.until - time.monotonic() if recent is not None else 0
 
-    async def _claim(self, run_id: str, effort: Effort) -> bool:
+    async def _claim(self, run_id: str, claim: bytes, effort: Effort) -> bool:
         # For as long as the question may take: should this process be killed, others go without an answer until then.
         longest = LONGEST_ANSWER + (0 if effort is BACKGROUND else effort.patience) + 1
-        return bool(await self._redis.set(self._prefix + run_id, _UNDER_WAY, nx=True, px=round(longest * 1000)))
+        if await self._redis.set(self._prefix + run_id, claim, nx=True, px=round(longest * 1000)):
+            return True
+        # Where the answer got lost, it was sent again, and refused because of itself.
+        return bool(await self._redis.get(self._prefix + run_id) == claim)
 
     async def _claim_alone(self) -> bool:
         return True
@@ -189,7 +196,7 @@ class Lookups:
             said, left = await pipeline.execute()
             if said is None:
                 break
-            if said != _UNDER_WAY:
+            if not said.startswith(_UNDER_WAY):
                 status = None if said in (_NOTHING, _UNCLEAR) else RunStatus(said.decode())
                 answer = Answer(status, heard=said != _NOTHING)
                 shared = _Shared(answer, time.monotonic() + max(left, 0) / 1000)
@@ -201,9 +208,9 @@ class Lookups:
     async def _nothing(self) -> _Shared:
         return _Shared(_NOT_ASKED, 0)
 
-    async def _tell(self, run_id: str, shared: _Shared) -> None:
+    async def _tell(self, run_id: str, claim: bytes, shared: _Shared) -> None:
         if not shared.answer.asked:
-            await self._redis.delete(self._prefix + run_id)
+            await cast("Awaitable[None]", self._redis.eval(_GIVE_UP, 1, self._prefix + run_id, claim))
             return
         left = max(1, round((shared.until - time.monotonic()) * 1000))
         await self._redis.set(self._prefix + run_id, _said(shared.answer), px=left)

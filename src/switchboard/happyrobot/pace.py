@@ -6,32 +6,14 @@ import random
 import time
 from datetime import timedelta
 from fractions import Fraction
-from typing import Any
 
 from redis.asyncio import Redis
-from throttled.asyncio import Quota, RateLimiterType, Throttled, per_duration, store
+from throttled.asyncio import Quota, RateLimiterType, per_duration
 
-from switchboard.breaker import Breaker
+from switchboard.throttling import Throttle
 
 _LONGEST_NAP = 1.0
 """Seconds after which somebody who waits for a turn looks again, at the latest."""
-
-
-class _Backend(store.RedisStoreBackend):
-    """Our connection in place of one that the library would open."""
-
-    def __init__(self, redis: Redis) -> None:
-        super().__init__()
-        self._redis = redis
-
-    def get_client(self) -> Any:
-        return self._redis
-
-
-class _Store(store.RedisStore):
-    def __init__(self, redis: Redis) -> None:
-        super().__init__()
-        self._backend = _Backend(redis)
 
 
 def _quota(pace: float) -> Quota:
@@ -47,24 +29,14 @@ class Pace:
 
     def __init__(self, redis: Redis, account: str, pace: float) -> None:
         """`account` is what HappyRobot counts by; only a digest of it leaves this process."""
-        key = hashlib.blake2b(account.encode(), digest_size=12).hexdigest()
-        self._breaker = Breaker()
-        self._shared, self._alone = (
-            Throttled(
-                key=key,
-                using=RateLimiterType.GCRA.value,
-                quota=_quota(pace),
-                store=place,
-                key_prefix="switchboard:pace",
-            )
-            for place in (_Store(redis), store.MemoryStore())
-        )
+        self._key = hashlib.blake2b(account.encode(), digest_size=12).hexdigest()
+        self._throttle = Throttle(redis, "pace", _quota(pace), RateLimiterType.GCRA)
 
     async def turn(self, patience: float) -> bool:
         """Waits for a turn, for `patience` seconds at most; whether there was one."""
         deadline = time.monotonic() + patience
         while True:
-            result = await self._breaker.call(self._shared.limit, self._alone.limit)
+            result = await self._throttle.limit(self._key)
             if not result.limited:
                 return True
             # Spread, so that those who wait do not all come back in the same moment.

@@ -2,18 +2,18 @@
 
 import asyncio
 import contextlib
-import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Self
 
+import structlog
 from redis.asyncio import Redis
 
 from switchboard.events import Event
 from switchboard.live.channel import Channel
 from switchboard.live.messages import pack
 
-log = logging.getLogger(__name__)
+log = structlog.stdlib.get_logger(__name__)
 
 _MAX_WAITING = 10_000
 """Events; more than that are left to the readers' look into PostgreSQL."""
@@ -69,7 +69,7 @@ class Announcer:
             await self._redis.publish(await self._channel.name(), pack(batch))
         except Exception as error:  # noqa: BLE001  # nobody waits for this task; it must outlive what goes wrong
             if self._healthy:
-                log.warning("events are not announced (%s); streams read from PostgreSQL", type(error).__name__)
+                log.warning("events are not announced; streams read from PostgreSQL", error=error)
             self._healthy = False
             self._on_failure()
         else:

@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
-import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Annotated, Self
 
+import structlog
 from fastapi import Depends
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
@@ -19,10 +19,11 @@ from starlette.requests import HTTPConnection
 from switchboard.events import Scope, read_events
 from switchboard.live.channel import Channel
 from switchboard.live.messages import Frame, unpack
+from switchboard.sight import EVERYTHING
 from switchboard.tables import run_events
 from switchboard.tasks import end
 
-log = logging.getLogger(__name__)
+log = structlog.stdlib.get_logger(__name__)
 
 _LOOK_EVERY = 2.0
 """Seconds without news after which the hub looks into PostgreSQL itself. Pub/sub is fire and forget."""
@@ -52,6 +53,7 @@ class Follower:
         self.joined_after = joined_after
         """Every event up to this id was committed before this follower joined; later ones are handed to it."""
         self.lagging = False
+        self.dismissed = False
         self._unread: deque[Frame] = deque()
         self._unread_bytes = 0
         self._wake = asyncio.Event()
@@ -70,6 +72,11 @@ class Follower:
         """Ends the reader's waiting: it gets what it has not read, then nothing more."""
         self._closed = True
         self._wake.set()
+
+    def dismiss(self) -> None:
+        """Sends the reader away, whose time is over."""
+        self.dismissed = True
+        self.close()
 
     async def read(self) -> list[Frame]:
         """All that is unread, as soon as there is something; empty once the follower is closed."""
@@ -157,7 +164,7 @@ class Hub:
                     await pubsub.subscribe(await self._channel.name())
                     await self._receive(pubsub)
             except Exception as error:  # noqa: BLE001  # nobody waits for this task; it must outlive what goes wrong
-                log.debug("no subscription: %s", type(error).__name__)
+                log.debug("no subscription", error=error)
             await asyncio.sleep(_RECONNECT_AFTER)
 
     async def _receive(self, pubsub: PubSub) -> None:
@@ -192,7 +199,7 @@ class Hub:
                     await self._catch_up()
             except (SQLAlchemyError, OSError) as error:
                 # Streams stay open meanwhile; the next look, or the next message, fills the gap.
-                log.warning("streams wait for PostgreSQL: %s", type(error).__name__)
+                log.warning("streams wait for PostgreSQL", error=error)
             except Exception:
                 # Nobody waits for this task, and every stream of the process waits for it.
                 log.exception("streams are late")
@@ -216,7 +223,7 @@ class Hub:
     async def _catch_up(self) -> None:
         while (cursor := self._cursor) is not None:
             async with self._db.connect() as conn:
-                events = await read_events(conn, Scope(), after=cursor, limit=_PAGE)
+                events = await read_events(conn, Scope(EVERYTHING), after=cursor, limit=_PAGE)
             if self._cursor != cursor:
                 continue  # the last reader has left meanwhile, and perhaps another come, who begins elsewhere
             for event in events:

@@ -1,13 +1,15 @@
 """Server-sent events: replay from PostgreSQL, then follow, without a gap between the two."""
 
-import logging
 import random
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Annotated, cast
 
 import anyio
-from fastapi import APIRouter, Header, Query
+import structlog
+from fastapi import APIRouter, Header, Query, Request
 from pydantic_core import to_json
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
@@ -18,16 +20,18 @@ from starlette.responses import Response
 from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from switchboard.access import Allowed
+from switchboard.access.callers import Reader
+from switchboard.access.limits import address_of
+from switchboard.access.seats import CurrentSeats
 from switchboard.bodies import Id
 from switchboard.database import Db
-from switchboard.errors import BadRequest, NotFound, described
+from switchboard.errors import BadRequest, Forbidden, NotFound, described
 from switchboard.events import Scope, read_events
 from switchboard.live.hub import CurrentHub, Follower, Hub
 from switchboard.live.messages import Frame
 from switchboard.tables import FINAL, RunStatus, agent_runs
 
-log = logging.getLogger(__name__)
+log = structlog.stdlib.get_logger(__name__)
 
 router = APIRouter(tags=["events"])
 
@@ -53,7 +57,7 @@ _SERVER_SENT_EVENT = {
     "type": "object",
     "properties": {
         "id": {"type": "string"},
-        "event": {"const": "end"},
+        "event": {"enum": ["end", "renew"]},
         "data": {
             "type": "string",
             "contentMediaType": "application/json",
@@ -61,6 +65,7 @@ _SERVER_SENT_EVENT = {
                 "anyOf": [
                     {"$ref": "#/components/schemas/Event"},
                     {"type": "object", "required": ["run_id", "status"], "title": "End"},
+                    {"type": "object", "required": ["error"], "title": "Renew"},
                 ]
             },
         },
@@ -76,17 +81,19 @@ _SERVER_SENT_EVENT = {
         200: {
             "description": "A stream of server-sent events without a name: `id:` is the event's, `data:` the event as "
             "`GET /api/happyrobot/runs/{run_id}/events` lists it. The stream of one run closes with an event named "
-            "`end`.",
+            "`end`, one whose token has expired with an event named `renew`.",
             "content": {"text/event-stream": {"schema": _SERVER_SENT_EVENT}},
         },
         204: {"description": "The run is over and the reader has seen its `end`: no need to come back."},
-        **described(400, 401, 404),
+        **described(400, 401, 403, 404, 429),
     },
-    dependencies=[Allowed],
 )
 async def follow_events(
+    request: Request,
     db: Db,
     hub: CurrentHub,
+    seats: CurrentSeats,
+    caller: Reader,
     context_id: Annotated[Id | None, Query(description="Only events of this context.")] = None,
     run_id: Annotated[Id | None, Query(description="Only events of this run; ends when the run is over.")] = None,
     last_event_id: Annotated[
@@ -96,15 +103,20 @@ async def follow_events(
         str | None, Header(alias="Last-Event-ID", description="Sent by browsers that reconnect.")
     ] = None,
 ) -> Response:
-    """Events of a context, of a run, or of everything, as they are committed.
+    """Events of a context, of a run, or of everything that may be seen, as they are committed.
 
-    A stream that is resumed misses nothing and repeats nothing.
+    A stream that is resumed misses nothing and repeats nothing. It ends with the token that opened it: get another one,
+    and resume.
     """
+    allowed = caller.sight.contexts
+    if context_id is not None and allowed is not None and context_id not in allowed:
+        raise Forbidden("Not allowed for this context")
     after, seen_end = _resumed_at(resume_header if resume_header is not None else last_event_id)
-    if run_id is not None and await _status(db, run_id) in FINAL and seen_end:
+    wanted = Scope(caller.sight, context_id, run_id)
+    if run_id is not None and await _status(db, wanted) in FINAL and seen_end:
         # The one answer that stops an EventSource from reconnecting.
         return Response(status_code=204)
-    return EventStream(db, hub, Scope(context_id, run_id), after)
+    return EventStream(db, hub, wanted, after, partial(seats.taken, caller, address_of(request)))
 
 
 def _resumed_at(text: str | None) -> tuple[int | None, bool]:
@@ -117,12 +129,18 @@ def _resumed_at(text: str | None) -> tuple[int | None, bool]:
     return int(match[1]), match[2] is not None
 
 
-async def _status(db: AsyncEngine, run_id: str) -> RunStatus:
+async def _status(db: AsyncEngine, scope: Scope) -> RunStatus:
+    """Where the run of a scope stands. Raises NotFound, also for one that is not to be seen."""
+    query = select(agent_runs.c.status).where(agent_runs.c.run_id == scope.run_id)
     async with db.connect() as conn:
-        status = await conn.scalar(select(agent_runs.c.status).where(agent_runs.c.run_id == run_id))
+        status = await conn.scalar(scope.sight.narrow(query, agent_runs.c.context_id, agent_runs.c.workflow_id))
     if status is None:
         raise NotFound("Run not found")
     return RunStatus(status)
+
+
+TakeSeat = Callable[[Callable[[], None]], AbstractContextManager[None]]
+"""Lets the caller have a stream, and is told how to end it."""
 
 
 class _Goodbye:
@@ -138,11 +156,12 @@ class _Goodbye:
 class EventStream(EventSourceResponse):
     """The response. It joins the hub before its headers are sent: whoever has seen them misses nothing."""
 
-    def __init__(self, db: AsyncEngine, hub: Hub, wanted: Scope, after: int | None) -> None:
+    def __init__(self, db: AsyncEngine, hub: Hub, wanted: Scope, after: int | None, take_seat: TakeSeat) -> None:
         self._db = db
         self._hub = hub
         self._wanted = wanted
         self._after = after
+        self._take_seat = take_seat
         super().__init__(
             iter(()),  # until the hub is joined
             shutdown_event=cast("anyio.Event", _Goodbye(hub)),
@@ -157,10 +176,11 @@ class EventStream(EventSourceResponse):
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         try:
             async with self._hub.following(self._wanted) as follower:
-                self.body_iterator = follow(self._db, self._hub, follower, self._after)
-                await super().__call__(scope, receive, send)
+                with self._take_seat(follower.dismiss):
+                    self.body_iterator = follow(self._db, self._hub, follower, self._after)
+                    await super().__call__(scope, receive, send)
         except SendTimeoutError:
-            log.info("a browser that did not read was sent away")
+            log.info("browser that did not read was sent away")
 
 
 async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | None) -> AsyncIterator[bytes]:
@@ -169,7 +189,7 @@ async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | Non
     run_id, sent = follower.scope.run_id, follower.joined_after
     try:
         # Asked after joining: if the run ends from here on, its last event comes through the follower.
-        status = await _status(db, run_id) if run_id is not None else None
+        status = await _status(db, follower.scope) if run_id is not None else None
         over = status in FINAL
         if after is not None:
             sent = after = await _within_this_life(hub, follower, after)
@@ -177,7 +197,10 @@ async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | Non
             async for page in _replay(db, follower.scope, after, None if over else follower.joined_after):
                 sent = page[-1].event.id
                 yield b"".join(frame.sse for frame in page)
-        while not over and (unread := await follower.read()):
+                if follower.dismissed:
+                    break
+        # Who was sent away in the middle of a replay resumes there, and must not be sent what came later.
+        while not over and not follower.dismissed and (unread := await follower.read()):
             page = [frame for frame in unread if frame.event.id > sent]
             if page:
                 sent = page[-1].event.id
@@ -186,11 +209,13 @@ async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | Non
                 yield b"".join(frame.sse for frame in page)
     except (SQLAlchemyError, OSError) as error:
         # The browser reconnects and resumes; by then PostgreSQL may be back.
-        log.warning("a stream ended, PostgreSQL is away: %s", type(error).__name__)
+        log.warning("stream ended; PostgreSQL is away", error=error)
         return
     if over:
         end = to_json({"run_id": run_id, "status": status})
         yield b"id: %d.end\nevent: end\ndata: %b\n\n" % (sent, end)
+    elif follower.dismissed:
+        yield b"id: %d\nevent: renew\ndata: %b\n\n" % (sent, to_json({"error": "Access has ended"}))
     elif not follower.lagging:
         yield b": goodbye, resume elsewhere\n\n"
 

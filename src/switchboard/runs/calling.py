@@ -8,7 +8,7 @@ from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import HTTPConnection
 
-from switchboard.access import Allowed
+from switchboard.access.callers import Caller, Reader, Starter
 from switchboard.bodies import Id, JsonBody, check
 from switchboard.database import Db
 from switchboard.errors import described
@@ -26,7 +26,7 @@ from switchboard.runs.trigger import IdempotencyKey, TriggerIn, TriggerOut, Unco
 from switchboard.settings import CurrentSettings
 from switchboard.tables import RunStatus
 
-router = APIRouter(prefix="/api/happyrobot", tags=["calls"], dependencies=[Allowed])
+router = APIRouter(prefix="/api/happyrobot", tags=["calls"])
 
 
 class StatusOut(BaseModel):
@@ -65,7 +65,7 @@ def _canceler(connection: HTTPConnection) -> Canceler:
 @router.post(
     "/trigger",
     summary="Start a workflow",
-    responses=described(400, 401, 403, 404, 409, 413, 422)
+    responses=described(400, 401, 403, 404, 408, 409, 413, 422, 429)
     | {502: {"model": UnconfirmedOut, "description": "HappyRobot did not confirm it; `status` says what that means."}},
     openapi_extra={
         "requestBody": {
@@ -79,6 +79,7 @@ async def trigger(
     happyrobot: CurrentHappyRobot,
     intake: CurrentIntake,
     settings: CurrentSettings,
+    caller: Starter,
     body: JsonBody,
     idempotency_key: IdempotencyKey = None,
 ) -> TriggerOut:
@@ -88,19 +89,20 @@ async def trigger(
     the same request again answers what became of the first one: as above, 409 while its call is being placed, 422 if
     the body is another.
     """
-    return await start(db, happyrobot, intake, settings, check(TriggerIn, body), body, idempotency_key)
+    return await start(db, happyrobot, intake, settings, caller, check(TriggerIn, body), body, idempotency_key)
 
 
 @router.get(
     "/status",
     summary="Ask for a run's status",
-    responses=described(400, 401, 404),
+    responses=described(400, 401, 403, 404, 429),
     response_model_exclude_unset=True,
 )
 async def status(
     db: Db,
     lookups: CurrentLookups,
     settings: CurrentSettings,
+    caller: Reader,
     run_id: Annotated[Id, Query()],
 ) -> StatusOut:
     """Asks HappyRobot about a run that is not over, and records what it says; the database answers otherwise.
@@ -108,7 +110,7 @@ async def status(
     However many ask about a run, HappyRobot is asked once in two seconds. The database also answers when HappyRobot
     takes longer than that, fails, or has been asked enough for now.
     """
-    run = await _find(db, run_id)
+    run = await _find(db, caller, run_id)
     source: Literal["happyrobot", "database"] = "database"
     standing = Standing(RunStatus(run.status), run.timed_out)
     if not standing.over or standing.timed_out:
@@ -116,7 +118,7 @@ async def status(
         if answer.status is not None:
             source = "happyrobot"
             if advance(standing, answer.status) != standing:
-                run = await _find(db, run_id)
+                run = await _find(db, caller, run_id)
     fields: dict[str, Any] = {
         "run_id": run.run_id,
         "status": run.status.lower(),
@@ -133,42 +135,51 @@ async def status(
 @router.get(
     "/runs/{run_id}/details",
     summary="Read HappyRobot's record of a run",
-    responses=described(400, 401, 404, 409),
+    responses=described(400, 401, 403, 404, 409, 429),
 )
-async def read_details(db: Db, happyrobot: CurrentHappyRobot, intake: CurrentIntake, run_id: RunId) -> DetailsOut:
+async def read_details(
+    db: Db, happyrobot: CurrentHappyRobot, intake: CurrentIntake, caller: Reader, run_id: RunId
+) -> DetailsOut:
     """Sessions with their transcripts, outputs, issues, version and recordings, as HappyRobot has them.
 
     The record of a run that is over is kept, and outlives HappyRobot's; links to recordings are made for each answer.
     """
-    await _find(db, run_id)
+    await _find(db, caller, run_id)
     return await details(db, happyrobot, intake, run_id)
 
 
 @router.get(
     "/runs/{run_id}/recordings",
     summary="Get links to a run's recordings",
-    responses=described(400, 401, 404, 409),
+    responses=described(400, 401, 403, 404, 409, 429),
 )
-async def read_recordings(db: Db, happyrobot: CurrentHappyRobot, run_id: RunId) -> RecordingsOut:
+async def read_recordings(db: Db, happyrobot: CurrentHappyRobot, caller: Reader, run_id: RunId) -> RecordingsOut:
     """Links that HappyRobot has signed for this answer. They expire, by default after a day."""
-    await _find(db, run_id)
+    await _find(db, caller, run_id)
     return RecordingsOut(recordings=await recordings(happyrobot, run_id))
 
 
 @router.post(
     "/runs/{run_id}/cancel",
     summary="Stop a run",
-    responses=described(400, 401, 404, 409, 502)
+    responses=described(400, 401, 403, 404, 409, 429, 502)
     | {202: {"model": CancelOut, "description": "The wish is recorded; HappyRobot has not confirmed it yet."}},
 )
-async def cancel(run_id: RunId, response: Response, canceler: Annotated[Canceler, Depends(_canceler)]) -> CancelOut:
+async def cancel(
+    db: Db,
+    caller: Starter,
+    run_id: RunId,
+    response: Response,
+    canceler: Annotated[Canceler, Depends(_canceler)],
+) -> CancelOut:
     """Asks HappyRobot to stop a run. 200 once it has; 202 while it has not, and it is asked again in the background."""
+    await _find(db, caller, run_id)
     now = await canceler.cancel(run_id)
     if now is not RunStatus.CANCELED:
         response.status_code = 202
     return CancelOut.model_validate({"success": True, "run_id": run_id, "status": now.lower()})
 
 
-async def _find(db: AsyncEngine, run_id: str) -> Row[Any]:
+async def _find(db: AsyncEngine, caller: Caller, run_id: str) -> Row[Any]:
     async with db.connect() as conn:
-        return found(await find_run(conn, run_id))
+        return found(await find_run(conn, run_id, caller.sight))

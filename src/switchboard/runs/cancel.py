@@ -1,8 +1,8 @@
 """Stopping a run: the wish is recorded, HappyRobot is asked, and the run is canceled when HappyRobot says so."""
 
-import logging
 from uuid import NAMESPACE_OID, uuid5
 
+import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import jobs
@@ -14,9 +14,10 @@ from switchboard.happyrobot.payloads import platform_status
 from switchboard.runs.intake import Intake
 from switchboard.runs.queries import find_run, found
 from switchboard.runs.status import Standing
+from switchboard.sight import EVERYTHING
 from switchboard.tables import FINAL, RunStatus
 
-log = logging.getLogger(__name__)
+log = structlog.stdlib.get_logger(__name__)
 
 _AGAIN_AFTER = 15.0
 _LONGEST_PAUSE = 300.0
@@ -54,7 +55,7 @@ class Canceler:
         try:
             await self._ask(run_id, READ, POLL)
         except NoAnswer as error:
-            log.warning("run %s is to be canceled, but %s; it will be asked again", run_id, error)
+            log.warning("run is not canceled yet; HappyRobot is asked again", run_id=run_id, error=error)
         except Refused as error:
             async with self._db.begin() as conn:
                 # A caller who is told that it cannot be done must not find it done a little later.
@@ -68,7 +69,7 @@ class Canceler:
     async def again(self, run_id: str, attempt: int) -> float | None:
         """Asks once more; seconds until the next attempt, None when there is no use in one."""
         async with self._db.connect() as conn:
-            run = await find_run(conn, run_id)
+            run = await find_run(conn, run_id, EVERYTHING)
         if run is None or attempt >= _ATTEMPTS:
             return None
         if RunStatus(run.status) in FINAL and not run.timed_out:
@@ -78,7 +79,7 @@ class Canceler:
         except NoAnswer:
             return min(_AGAIN_AFTER * float(2**attempt), _LONGEST_PAUSE)
         except Refused as error:
-            log.warning("run %s cannot be canceled: %s", run_id, error)
+            log.warning("run cannot be canceled", run_id=run_id, error=error)
         return None
 
     async def _ask(self, run_id: str, to_cancel: Effort, to_look: Effort) -> None:
@@ -92,7 +93,7 @@ class Canceler:
 
     async def _standing(self, run_id: str) -> Standing:
         async with self._db.connect() as conn:
-            run = found(await find_run(conn, run_id))
+            run = found(await find_run(conn, run_id, EVERYTHING))
         return Standing(RunStatus(run.status), run.timed_out)
 
     @staticmethod

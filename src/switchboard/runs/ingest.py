@@ -242,6 +242,7 @@ _METADATA = case(
 _LOAD_RUNS = select(
     agent_runs.c.run_id,
     agent_runs.c.context_id,
+    agent_runs.c.workflow_id,
     agent_runs.c.execution_id,
     agent_runs.c.status,
     agent_runs.c.timed_out,
@@ -261,6 +262,7 @@ async def _load_runs(conn: AsyncConnection, run_ids: Collection[str], soon: time
         runs[row.run_id] = Run(
             row.run_id,
             row.context_id,
+            row.workflow_id,
             row.execution_id,
             standing,
             standing,

@@ -31,6 +31,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from switchboard.errors import BadRequest, NotFound
 from switchboard.happyrobot.addresses import platform_url
 from switchboard.settings import Settings
+from switchboard.sight import Sight
 from switchboard.tables import RunStatus, agent_runs, run_events, workflows
 from switchboard.workflows import DEFAULT_WORKFLOW
 
@@ -115,10 +116,15 @@ def platform_link(settings: Settings, run: Row[Any]) -> str | None:
     return platform_url(run.org_slug or settings.happyrobot_org_slug, run.platform_id, run.run_id)
 
 
-async def find_run(conn: AsyncConnection, run_id: str) -> Row[Any] | None:
-    """One run's row, without its logs."""
-    run: Row[Any] | None = (await conn.execute(_RUNS.where(agent_runs.c.run_id == run_id))).one_or_none()
+async def find_run(conn: AsyncConnection, run_id: str, sight: Sight) -> Row[Any] | None:
+    """One run's row, without its logs; None also where it is not to be seen."""
+    query = _seen(sight).where(agent_runs.c.run_id == run_id)
+    run: Row[Any] | None = (await conn.execute(query)).one_or_none()
     return run
+
+
+def _seen(sight: Sight) -> Select[Any]:
+    return sight.narrow(_RUNS, agent_runs.c.context_id, agent_runs.c.workflow_id)
 
 
 def found(run: Row[Any] | None) -> Row[Any]:
@@ -128,9 +134,11 @@ def found(run: Row[Any] | None) -> Row[Any]:
     return run
 
 
-async def list_runs(conn: AsyncConnection, wanted: Filter, *, limit: int, cursor: Cursor | None) -> Sequence[Row[Any]]:
-    """Runs, newest first, after the cursor; without their logs."""
-    query = _RUNS.order_by(desc(agent_runs.c.created_at), desc(agent_runs.c.id)).limit(limit)
+async def list_runs(
+    conn: AsyncConnection, wanted: Filter, sight: Sight, *, limit: int, cursor: Cursor | None
+) -> Sequence[Row[Any]]:
+    """Runs that are to be seen, newest first, after the cursor; without their logs."""
+    query = _seen(sight).order_by(desc(agent_runs.c.created_at), desc(agent_runs.c.id)).limit(limit)
     if wanted.context_id is not None:
         query = query.where(agent_runs.c.context_id == wanted.context_id)
     if wanted.status is not None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from sqlalchemy import Row
 
-from switchboard.access import Allowed
+from switchboard.access.callers import Reader
 from switchboard.bodies import Id, ShortText
 from switchboard.database import Db
 from switchboard.errors import described
@@ -18,7 +18,7 @@ from switchboard.runs.queries import Cursor, Filter, find_run, found, list_runs,
 from switchboard.settings import CurrentSettings, Settings
 from switchboard.tables import RunStatus
 
-router = APIRouter(prefix="/api/happyrobot", tags=["runs"], dependencies=[Allowed])
+router = APIRouter(prefix="/api/happyrobot", tags=["runs"])
 
 # The guide writes statuses in lower case, too.
 _UPPER = BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value)
@@ -72,7 +72,7 @@ def _run_out(settings: Settings, run: Row[Any], metadata: dict[str, Any]) -> Run
 @router.get(
     "/runs",
     summary="List runs, newest first",
-    responses=described(400, 401),
+    responses=described(400, 401, 403, 429),
     response_model_exclude_unset=True,
 )
 async def runs(
@@ -80,6 +80,7 @@ async def runs(
     response: Response,
     db: Db,
     settings: CurrentSettings,
+    caller: Reader,
     context_id: Annotated[ShortText | None, Query(description="Only runs of this context.")] = None,
     status: Annotated[RunStatus | None, _UPPER, Query(description="Only runs with this status.")] = None,
     workflow_id: Annotated[ShortText | None, Query(description="Only runs of this workflow.")] = None,
@@ -91,7 +92,7 @@ async def runs(
     wanted = Filter(context_id or None, status, workflow_id or None)
     async with db.connect() as conn:
         rows = await list_runs(
-            conn, wanted, limit=limit + 1, cursor=Cursor.decode(cursor) if cursor is not None else None
+            conn, wanted, caller.sight, limit=limit + 1, cursor=Cursor.decode(cursor) if cursor is not None else None
         )
         page = rows[:limit]
         metadata = await metadata_of(conn, page)
@@ -103,31 +104,32 @@ async def runs(
 @router.get(
     "/runs/{run_id}",
     summary="Read one run",
-    responses=described(400, 401, 404),
+    responses=described(400, 401, 403, 404, 429),
     response_model_exclude_unset=True,
 )
-async def run(db: Db, settings: CurrentSettings, run_id: RunId) -> RunOut:
+async def run(db: Db, settings: CurrentSettings, caller: Reader, run_id: RunId) -> RunOut:
     """One run with its logs, result and error."""
     async with db.connect() as conn:
-        row = found(await find_run(conn, run_id))
+        row = found(await find_run(conn, run_id, caller.sight))
         metadata = await metadata_of(conn, [row])
     return _run_out(settings, row, metadata[run_id])
 
 
-@router.get("/runs/{run_id}/events", summary="Read a run's timeline", responses=described(400, 401, 404))
+@router.get("/runs/{run_id}/events", summary="Read a run's timeline", responses=described(400, 401, 403, 404, 429))
 async def timeline(
     request: Request,
     response: Response,
     db: Db,
+    caller: Reader,
     run_id: RunId,
     after: Annotated[int, Query(ge=0, lt=2**63, description="Only events after this id.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 500,
 ) -> list[Event]:
     """Everything that happened to a run, oldest first. `Link` leads to what follows, if there is more."""
     async with db.connect() as conn:
-        events = await read_events(conn, Scope(run_id=run_id), after=after, limit=limit + 1)
+        events = await read_events(conn, Scope(caller.sight, run_id=run_id), after=after, limit=limit + 1)
         if not events:
-            found(await find_run(conn, run_id))
+            found(await find_run(conn, run_id, caller.sight))
     if len(events) > limit:
         _link_next(request, response, after=events[limit - 1].id)
     return list(events[:limit])

@@ -1,9 +1,9 @@
 """The truth converges: HappyRobot is asked about runs that it stopped talking about."""
 
-import logging
 import random
 from dataclasses import dataclass
 
+import structlog
 from sqlalchemy import ColumnElement, Float, Select, cast, exists, extract, func, literal_column, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -16,7 +16,7 @@ from switchboard.runs.status import Standing
 from switchboard.settings import Settings
 from switchboard.tables import FINAL, RunStatus, agent_runs, run_events, run_records
 
-log = logging.getLogger(__name__)
+log = structlog.stdlib.get_logger(__name__)
 
 LONGEST_PAUSE = 300.0
 """Seconds between two questions about a run that is under way, at most."""
@@ -188,7 +188,7 @@ class Reconciler:
             try:
                 record = await self._happyrobot.record(run_id, BACKGROUND)
             except NoAnswer as error:
-                log.debug("no record of run %s yet: %s", run_id, error)
+                log.debug("no record of run yet", run_id=run_id, error=error)
             else:
                 if record.over or late:
                     await archive.keep(self._db, run_id, record)

@@ -90,6 +90,7 @@ class Run:
 
     run_id: str
     context_id: str
+    workflow_id: str
     execution_id: UUID | None
     before: Standing
     now: Standing
@@ -178,6 +179,7 @@ class Sorting:
             {
                 "run_id": run.run_id,
                 "context_id": run.context_id,
+                "workflow_id": run.workflow_id,
                 "event_type": event.event_type,
                 "status": run.now.status,
                 "data": event.data,

@@ -1,8 +1,8 @@
 """Putting in order what was left behind: by processes that were killed, and by jobs that were lost."""
 
-import logging
 from datetime import timedelta
 
+import structlog
 from sqlalchemy import and_, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -13,7 +13,7 @@ from switchboard.runs.sorting import Unconfirmed
 from switchboard.runs.trigger import STOPPED
 from switchboard.tables import FINAL, ExecutionStatus, RunStatus, agent_runs, executions
 
-log = logging.getLogger(__name__)
+log = structlog.stdlib.get_logger(__name__)
 
 _AT_ONCE = 1000
 """Runs or executions in one sweep; the next one goes on."""
@@ -37,7 +37,7 @@ async def _settle(db: AsyncEngine, intake: Intake) -> None:
     async with db.connect() as conn:
         lost = list(await conn.scalars(query))
     for execution_id in lost:
-        log.warning("execution %s is submission_unknown: the process that placed its call is gone", execution_id)
+        log.warning("execution unconfirmed; the process that placed its call is gone", execution_id=execution_id)
         # Never sent again: the call may have been placed.
         await intake.take(Unconfirmed(execution_id, ExecutionStatus.SUBMISSION_UNKNOWN, STOPPED))
 

@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
-import logging
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 from uuid import UUID, uuid4
 
+import structlog
 from fastapi import Header
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Row, func, literal, select
@@ -15,6 +15,8 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from switchboard.access.callers import Caller
+from switchboard.access.quotas import count_one
 from switchboard.bodies import Id, ShortText, Text
 from switchboard.errors import Conflict, ErrorOut, Forbidden, NotConfigured, NotFound, TriggerFailed, Unprocessable
 from switchboard.happyrobot.client import HappyRobot, HappyRobotError, Unknown
@@ -26,7 +28,7 @@ from switchboard.settings import Settings
 from switchboard.tables import ExecutionStatus, agent_runs, executions
 from switchboard.workflows import DEFAULT_WORKFLOW, Workflow, find
 
-log = logging.getLogger(__name__)
+log = structlog.stdlib.get_logger(__name__)
 
 _PAUSES = (0.2, 1.0, 3.0)
 """Seconds between attempts to record runs that HappyRobot has started."""
@@ -85,28 +87,35 @@ async def start(
     happyrobot: HappyRobot,
     intake: Intake,
     settings: Settings,
+    caller: Caller,
     request: TriggerIn,
     body: dict[str, Any],
     idempotency_key: str | None = None,
 ) -> TriggerOut:
     """Starts a workflow and returns its runs; with a key that was used before, what is known of that execution.
 
-    Raises NotFound for an unknown workflow, Forbidden for a disabled one, Unprocessable for a key that was used for
-    something else, Conflict for one whose call is being placed, TriggerFailed when HappyRobot did not confirm.
+    Raises NotFound for an unknown workflow, Forbidden for a disabled one and for what the caller may not start,
+    Unprocessable for a key that was used for something else, Conflict for one whose call is being placed, TriggerFailed
+    when HappyRobot did not confirm.
     """
     workflow_id = request.workflow_id or DEFAULT_WORKFLOW
+    if not caller.sight.covers(request.context_id, workflow_id):
+        raise Forbidden("Not allowed for this context or workflow")
     execution_id = uuid4()
     async with db.begin() as conn:
-        if idempotency_key is not None and (known := await _known(conn, idempotency_key, body)) is not None:
+        if idempotency_key is not None and (known := await _known(conn, caller, idempotency_key, body)) is not None:
             return await _told_again(conn, known)
         workflow = await _workflow(conn, settings, workflow_id)
-        new = await _write_down(conn, settings, execution_id, workflow_id, request, body, idempotency_key)
+        new = await _write_down(conn, settings, execution_id, caller, workflow_id, request, body, idempotency_key)
         if not new:
             # Somebody with the same key was quicker, by less than a commit.
             assert idempotency_key is not None  # noqa: S101  # nothing else is unique
-            known = await _known(conn, idempotency_key, body)
+            known = await _known(conn, caller, idempotency_key, body)
             assert known is not None  # noqa: S101  # the insert has waited for it
             return await _told_again(conn, known)
+        if caller.key is not None:
+            # Last: others of this key wait from here until the commit.
+            await count_one(conn, caller.key)
     # Ours come last, so that nobody can send the callbacks elsewhere.
     payload = {**body, "callback_url": settings.callback_url, "execution_id": str(execution_id)}
     with intake.expecting():
@@ -127,7 +136,7 @@ async def _workflow(conn: AsyncConnection, settings: Settings, workflow_id: str)
     try:
         workflow = await find(conn, settings, workflow_id)
     except (SealBroken, SecretMissing) as error:
-        log.error("workflow %s cannot be started: %s", workflow_id, error)  # noqa: TRY400  # its cause is in the words
+        log.error("workflow cannot be started", workflow_id=workflow_id, error=error)  # noqa: TRY400  # in its own words
         raise NotConfigured("Workflow cannot be started", detail=str(error)) from error
     if workflow is None:
         raise NotFound("Workflow not found")
@@ -140,6 +149,7 @@ async def _write_down(
     conn: AsyncConnection,
     settings: Settings,
     execution_id: UUID,
+    caller: Caller,
     workflow_id: str,
     request: TriggerIn,
     body: dict[str, Any],
@@ -157,21 +167,23 @@ async def _write_down(
             description=request.description,
             input=body,
             idempotency_key=idempotency_key,
+            owner=caller.owner,
+            key_id=None if caller.key is None else caller.key.id,
             answer_by=func.now() + limit,
         )
-        .on_conflict_do_nothing(index_elements=["idempotency_key"])
+        .on_conflict_do_nothing(index_elements=["owner", "idempotency_key"])
     )
     return stored.rowcount == 1
 
 
-async def _known(conn: AsyncConnection, idempotency_key: str, body: dict[str, Any]) -> Row[Any] | None:
+async def _known(conn: AsyncConnection, caller: Caller, idempotency_key: str, body: dict[str, Any]) -> Row[Any] | None:
     """The execution that this key stands for, whose call is not being placed any more."""
     query = select(
         executions.c.id,
         executions.c.status,
         executions.c.error,
         (executions.c.input == literal(body, JSONB)).label("same"),
-    ).where(executions.c.idempotency_key == idempotency_key)
+    ).where(executions.c.owner == caller.owner, executions.c.idempotency_key == idempotency_key)
     known: Row[Any] | None = (await conn.execute(query)).one_or_none()
     if known is None:
         return None
@@ -200,7 +212,7 @@ async def _record(intake: Intake, runs: NewRuns) -> None:
             await intake.take(runs)
         except (SQLAlchemyError, OSError) as error:
             if pause is None:
-                log.exception("execution %s started runs %s; they are not recorded", runs.execution_id, runs.run_ids)
+                log.exception("runs are not recorded", execution_id=runs.execution_id, run_ids=runs.run_ids)
                 raise _failed(
                     runs.execution_id,
                     ExecutionStatus.SUBMISSION_UNKNOWN,
@@ -215,7 +227,7 @@ async def _record(intake: Intake, runs: NewRuns) -> None:
 async def _unconfirmed(intake: Intake, execution_id: UUID, error: HappyRobotError) -> TriggerFailed:
     """Writes down that HappyRobot named no runs, and what the caller is told."""
     status = ExecutionStatus.SUBMISSION_UNKNOWN if isinstance(error, Unknown) else ExecutionStatus.FAILED
-    log.warning("execution %s is %s: %s", execution_id, status, error)
+    log.warning("execution unconfirmed", execution_id=execution_id, status=status, error=error)
     found: dict[str, Any] = {}
     # The caller learns of it even if it cannot be written down: then a worker does, once the process counts as gone.
     with contextlib.suppress(SQLAlchemyError, OSError):

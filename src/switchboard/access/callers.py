@@ -1,0 +1,222 @@
+"""Who is asking: an API key, a browser with a token, or somebody without a name where that is allowed."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import blake2b
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import structlog
+from fastapi import Depends, Request
+from fastapi.security import APIKeyCookie, APIKeyQuery, HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from switchboard.access import keys
+from switchboard.access.keys import ApiKey
+from switchboard.access.limits import CurrentFailures, address_of
+from switchboard.access.tokens import BrowserToken, Right, Signer, TokenExpired, TokenInvalid
+from switchboard.database import Db
+from switchboard.errors import Forbidden, SwitchboardError, Unauthorized
+from switchboard.settings import CurrentSettings, Settings
+from switchboard.sight import EVERYTHING, Sight
+from switchboard.tables import KeyScope
+
+COOKIE = "switchboard_token"
+"""Where a browser keeps its token, so that requests to its own origin bring it by themselves."""
+
+_bearer = HTTPBearer(auto_error=False, scheme_name="bearer", description="An API key, or a browser token.")
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+"""What stands in `Authorization`, if it is ours to read."""
+
+_query = APIKeyQuery(
+    name="access_token",
+    auto_error=False,
+    scheme_name="access_token",
+    description="A browser token, for EventSource, which cannot send headers. Only with GET.",
+)
+_cookie = APIKeyCookie(
+    name=COOKIE, auto_error=False, scheme_name="cookie", description="A browser token, on this origin."
+)
+
+_ALL_RIGHTS = frozenset(Right)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is asking, and what they may."""
+
+    sight: Sight = EVERYTHING
+    rights: frozenset[Right] = _ALL_RIGHTS
+    key: ApiKey | None = None
+    """Whose rights these are; None where no credentials are needed."""
+    token: BrowserToken | None = None
+    """What a browser came with."""
+    expires_at: datetime | None = None
+    """When that ends."""
+
+    @property
+    def owner(self) -> str:
+        """Within whose requests an `Idempotency-Key` stands for one of them.
+
+        Browsers are kept apart by what they may see: none can use up another's keys, or those of the backend.
+        """
+        name = "" if self.key is None else str(self.key.id)
+        if self.token is not None and self.token.contexts is not None:
+            contexts = "\0".join(sorted(self.token.contexts))
+            name += f":{blake2b(contexts.encode(), digest_size=16).hexdigest()}"
+        return name
+
+
+ANYBODY = Caller()
+
+
+def _signer(request: Request) -> Signer | None:
+    signer: Signer | None = request.state.signer
+    return signer
+
+
+CurrentSigner = Annotated[Signer | None, Depends(_signer)]
+
+
+async def _caller(
+    request: Request,
+    db: Db,
+    settings: CurrentSettings,
+    signer: CurrentSigner,
+    failures: CurrentFailures,
+    bearer: Bearer,
+    in_query: Annotated[str | None, Depends(_query)],
+    in_cookie: Annotated[str | None, Depends(_cookie)],
+) -> Caller:
+    try:
+        caller = await _known(request, db, settings, signer, bearer, in_query, in_cookie)
+    except _Wrong as error:
+        await failures.count(address_of(request))
+        raise Unauthorized("Unauthorized") from error
+    if caller.key is not None:
+        structlog.contextvars.bind_contextvars(key_id=str(caller.key.id))
+    return caller
+
+
+class _Wrong(Exception):
+    """Credentials that somebody may be guessing."""
+
+
+async def _known(
+    request: Request,
+    db: AsyncEngine,
+    settings: Settings,
+    signer: Signer | None,
+    bearer: HTTPAuthorizationCredentials | None,
+    in_query: str | None,
+    in_cookie: str | None,
+) -> Caller:
+    if bearer is not None:
+        if keys.is_one(bearer.credentials):
+            return await _with_key(db, bearer.credentials)
+        return await _with_token(db, settings, signer, bearer.credentials)
+    if in_query is not None and request.method == "GET":
+        # An API key is not taken here, even if it is one: addresses are written down everywhere.
+        return await _with_token(db, settings, signer, in_query)
+    # What browsers send by themselves, and what needs no credentials, any page could make use of.
+    if in_cookie is not None:
+        try:
+            caller = await _with_token(db, settings, signer, in_cookie)
+        except (SwitchboardError, _Wrong):
+            # Cookies are kept per host, not per port: it may be another installation's.
+            if not settings.anonymous_allowed:
+                raise
+            caller = ANYBODY
+    elif settings.anonymous_allowed:
+        caller = ANYBODY
+    else:
+        raise Unauthorized("Unauthorized")
+    if not _from_here(request, settings):
+        raise Forbidden("Requests from this origin need credentials of their own")
+    return caller
+
+
+async def _with_key(db: AsyncEngine, text: str) -> Caller:
+    async with db.connect() as conn:
+        key = await keys.find(conn, text)
+    if key is None:
+        raise _Wrong
+    if not key.active:
+        raise Forbidden("API key is inactive")
+    if key.expired:
+        raise Forbidden("API key has expired")
+    await _note_use(db, key)
+    rights = _ALL_RIGHTS if key.scopes & {KeyScope.APP, KeyScope.ADMIN} else frozenset[Right]()
+    return Caller(Sight(workflows=key.workflows), rights, key, expires_at=key.expires_at)
+
+
+async def _with_token(db: AsyncEngine, settings: Settings, signer: Signer | None, text: str) -> Caller:
+    if signer is None:
+        raise _Wrong
+    try:
+        token = signer.read(text)
+    except TokenExpired as error:
+        raise Unauthorized("Token expired") from error
+    except TokenInvalid as error:
+        raise _Wrong from error
+    if token.key_id is None:
+        if not settings.anonymous_allowed:
+            raise Unauthorized("Token is no longer good")
+        return Caller(Sight(token.contexts), token.rights, None, token, token.expires_at)
+    async with db.connect() as conn:
+        key = await keys.get(conn, token.key_id)
+    if key is None or not key.good:
+        raise Unauthorized("Token is no longer good")
+    await _note_use(db, key)
+    return Caller(Sight(token.contexts, key.workflows), token.rights, key, token, token.expires_at)
+
+
+async def _note_use(db: AsyncEngine, key: ApiKey) -> None:
+    if not keys.use_is_noted(key):
+        async with db.begin() as conn:
+            await keys.note_use(conn, key)
+
+
+def _from_here(request: Request, settings: Settings) -> bool:
+    """Whether this comes from a page of this origin or of one that `CORS_ORIGINS` trusts, or from no browser."""
+    origin = request.headers.get("origin")
+    if origin is not None and origin.lower() in settings.cors_origins:
+        return True
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        # Somebody who follows a link from elsewhere, or types an address, reads the answer themselves.
+        followed = request.method == "GET" and request.headers.get("sec-fetch-mode") == "navigate"
+        return site in ("same-origin", "none") or followed
+    return origin is None or urlsplit(origin).netloc.lower() == request.headers.get("host", "").lower()
+
+
+Known = Annotated[Caller, Depends(_caller)]
+"""Whoever they are, and whatever they may."""
+
+
+def _with(right: Right) -> Callable[..., Awaitable[Caller]]:
+    async def allowed(caller: Known) -> Caller:
+        if right not in caller.rights:
+            what = "token" if caller.token is not None else "API key"
+            raise Forbidden(f"This {what} is not allowed to do that")
+        return caller
+
+    return allowed
+
+
+async def _with_all_rights(caller: Known) -> Caller:
+    # A token gives no tokens: nobody could ever be sent away.
+    if caller.token is not None or caller.rights != _ALL_RIGHTS:
+        raise Forbidden("Only an API key of an app is allowed to do that")
+    return caller
+
+
+Reader = Annotated[Caller, Depends(_with(Right.READ))]
+"""Somebody who may see runs, those of `sight`."""
+
+Starter = Annotated[Caller, Depends(_with(Right.TRIGGER))]
+"""Somebody who may start workflows and stop runs, those of `sight`."""
+
+Issuer = Annotated[Caller, Depends(_with_all_rights)]
+"""Somebody who may let browsers in."""

@@ -1,0 +1,52 @@
+"""Limits on those who guess credentials."""
+
+import hashlib
+from ipaddress import IPv6Address, ip_address, ip_network
+from typing import Annotated
+
+from fastapi import Depends
+from redis.asyncio import Redis
+from starlette.requests import HTTPConnection
+from throttled.asyncio import RateLimiterType, per_min
+
+from switchboard.errors import TooMany
+from switchboard.throttling import Throttle
+
+
+def address_of(connection: HTTPConnection) -> str:
+    """Whose request it is, as far as the network tells; of IPv6 the part that one customer is given."""
+    host = connection.client.host if connection.client is not None else ""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host  # a socket in the file system
+    if not isinstance(address, IPv6Address):
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ip_network((address, 64), strict=False))
+
+
+class Failures:
+    """Wrong credentials, counted by address.
+
+    Good ones are taken however many wrong ones came from the same address: what is guessed here has 256 bits, and
+    whoever shares an address with somebody who guesses, a proxy's above all, must not be locked out with them.
+    """
+
+    def __init__(self, redis: Redis, per_minute: int) -> None:
+        self._throttle = Throttle(redis, "failures", per_min(per_minute), RateLimiterType.TOKEN_BUCKET)
+
+    async def count(self, address: str) -> None:
+        """Raises TooMany for one too many."""
+        result = await self._throttle.limit(hashlib.blake2b(address.encode(), digest_size=12).hexdigest())
+        if result.limited:
+            raise TooMany("Too many wrong credentials", retry_after=result.state.retry_after)
+
+
+def _failures(connection: HTTPConnection) -> Failures:
+    failures: Failures = connection.state.failures
+    return failures
+
+
+CurrentFailures = Annotated[Failures, Depends(_failures)]

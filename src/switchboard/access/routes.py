@@ -1,0 +1,125 @@
+"""`/api/happyrobot/tokens` and `/api/happyrobot/session`: what a browser is let in with."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Literal, TypedDict
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from switchboard.access.callers import COOKIE, Bearer, Caller, CurrentSigner, Issuer, Known
+from switchboard.access.tokens import BrowserToken, Right
+from switchboard.bodies import Id, JsonBody, check
+from switchboard.errors import BadRequest, NotConfigured, Unauthorized, described
+from switchboard.events import Timestamp
+from switchboard.settings import CurrentSettings, Settings
+
+router = APIRouter(prefix="/api/happyrobot", tags=["access"])
+
+_QUARTER_OF_AN_HOUR = 900
+_DAY = 86_400
+
+_LONGEST = 3_500
+"""Characters of a token: with its name it has to fit into a cookie, of which browsers take 4,096."""
+
+
+class TokenIn(BaseModel):
+    """What a browser is to be let in for."""
+
+    model_config = ConfigDict(strict=True)
+
+    context_ids: Annotated[list[Id], Field(min_length=1, max_length=100)] | Literal["*"] = Field(
+        description='The contexts that it may see, or `"*"` for all.', examples=[["order_123"]]
+    )
+    scopes: Annotated[list[Literal["read", "trigger"]], Field(min_length=1)] = Field(
+        ["read"], description="`read` sees runs and follows them, `trigger` starts and stops them."
+    )
+    expires_in: Annotated[int, Field(ge=1, le=_DAY)] = Field(
+        _QUARTER_OF_AN_HOUR, description="Seconds; 24 hours at most."
+    )
+
+
+class TokenOut(BaseModel):
+    """A browser token."""
+
+    token: str
+    expires_at: Timestamp
+
+
+class SessionOut(BaseModel):
+    """Until when the browser is let in."""
+
+    expires_at: Timestamp
+
+
+@router.post(
+    "/tokens",
+    summary="Make a browser token",
+    responses=described(400, 401, 403, 408, 409, 413, 429),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": TokenIn.model_json_schema()}},
+        }
+    },
+)
+async def make_token(caller: Issuer, signer: CurrentSigner, body: JsonBody) -> TokenOut:
+    """For a browser that is to see its own contexts and nothing else. It is your backend that asks, with its API key.
+
+    A token lasts no longer than the API key, and ends with it when that is revoked.
+    """
+    wanted = check(TokenIn, body)
+    if signer is None:
+        raise NotConfigured("APP_SECRET is not set")
+    token = BrowserToken(
+        contexts=None if wanted.context_ids == "*" else frozenset(wanted.context_ids),
+        rights=frozenset(map(Right, wanted.scopes)),
+        expires_at=_end(caller, wanted.expires_in),
+        key_id=None if caller.key is None else caller.key.id,
+    )
+    signed = signer.sign(token)
+    if len(signed) > _LONGEST:
+        raise BadRequest("context_ids: too long for one token")
+    return TokenOut(token=signed, expires_at=token.expires_at)
+
+
+@router.post("/session", summary="Keep a token as a cookie", responses=described(400, 401, 403, 429))
+async def open_session(
+    request: Request, response: Response, caller: Known, bearer: Bearer, settings: CurrentSettings
+) -> SessionOut:
+    """Keeps the browser token of the `Authorization` header in a cookie that scripts cannot read.
+
+    From then on requests and streams of pages of this origin are let in by themselves.
+    """
+    if bearer is None or caller.token is None:
+        raise Unauthorized("A browser token is needed, as `Authorization: Bearer`")
+    left = caller.token.expires_at - datetime.now(UTC)
+    response.set_cookie(
+        COOKIE, bearer.credentials, max_age=max(int(left.total_seconds()), 0), **_attributes(request, settings)
+    )
+    return SessionOut(expires_at=caller.token.expires_at)
+
+
+@router.delete("/session", summary="Forget the cookie", status_code=204, responses=described(400))
+async def close_session(request: Request, response: Response, settings: CurrentSettings) -> None:
+    """The browser is let in no more; the token itself is good until it ends."""
+    response.delete_cookie(COOKIE, **_attributes(request, settings))
+
+
+def _end(caller: Caller, seconds: int) -> datetime:
+    # To the second, as the token has it, and not a moment more than the key.
+    end = datetime.now(UTC) + timedelta(seconds=seconds)
+    if caller.expires_at is not None:
+        end = min(end, caller.expires_at)
+    return end.replace(microsecond=0)
+
+
+class _Attributes(TypedDict):
+    path: str
+    secure: bool
+    httponly: bool
+    samesite: Literal["strict"]
+
+
+def _attributes(request: Request, settings: Settings) -> _Attributes:
+    secure = settings.environment == "production" or request.url.scheme == "https"
+    return {"path": "/api", "secure": secure, "httponly": True, "samesite": "strict"}

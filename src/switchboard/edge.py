@@ -1,0 +1,196 @@
+"""The edge of the service: what holds for every request and every answer, whatever becomes of it.
+
+From the outside in: whose request it is, its id, its line in the log and the headers that every answer carries; then
+who may read the answer from another origin; then what becomes of an error that nobody expected. All of it is outside
+of the routes, so that a 404, a 405 or a preflight is no exception.
+"""
+
+import re
+import time
+from ipaddress import IPv6Address, ip_address
+from uuid import uuid4
+
+import structlog
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+from switchboard.settings import Settings
+
+log = structlog.stdlib.get_logger(__name__)
+
+REQUEST_ID = "X-Request-ID"
+
+_NOTHING_ELSE = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    f"{_NOTHING_ELSE}"
+)
+"""The `Content-Security-Policy` of a page, which sets it itself: nothing inline, nothing from other hosts."""
+
+_USUAL = {
+    "Content-Security-Policy": f"default-src 'none'; {_NOTHING_ELSE}",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+_HTTPS_ONLY = {"Strict-Transport-Security": "max-age=31536000"}
+
+_METHODS = ("GET", "POST", "DELETE")
+_ACCEPTED = ("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", REQUEST_ID)
+_EXPOSED = ("Link", "Retry-After", REQUEST_ID, "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
+
+_GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+_ASKED_ALL_THE_TIME = frozenset({"/healthz"})
+"""Routes whose requests are no news."""
+
+
+def install(app: FastAPI, settings: Settings) -> None:
+    """Puts the edge around an application."""
+    # Each goes around those before it.
+    app.add_middleware(Unexpected)
+    if settings.cors_origins:
+        app.add_middleware(
+            CrossOrigin,
+            allow_origins=settings.cors_origins,
+            allow_methods=_METHODS,
+            allow_headers=_ACCEPTED,
+            expose_headers=_EXPOSED,
+        )
+    app.add_middleware(Edge, https_only=settings.environment == "production")
+    app.add_middleware(Forwarded, proxies=settings.trusted_proxies)
+
+
+class Forwarded:
+    """Makes `scope["client"]` the address that a request comes from, also behind trusted proxies."""
+
+    def __init__(self, app: ASGIApp, proxies: tuple[str, ...]) -> None:
+        self._app = app
+        self._believing = ProxyHeadersMiddleware(self._checked, list(proxies))  # type: ignore[arg-type]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # An IPv4 peer of a socket that listens on IPv6 looks like ::ffff:10.0.0.1, which is in no IPv4 network.
+        scope["client"] = scope["peer"] = _plain(scope["client"]) or scope["client"]
+        await self._believing(scope, receive, send)  # type: ignore[arg-type]
+
+    async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Uvicorn takes whatever stands in the header for an address; what is none would count as one more caller.
+        scope["client"] = _plain(scope["client"]) or scope["peer"]
+        await self._app(scope, receive, send)
+
+
+def _plain(client: tuple[str, int] | None) -> tuple[str, int] | None:
+    """The one way to write an address; nothing if it is none."""
+    try:
+        address = ip_address(client[0] if client else "")
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return str(mapped or address), client[1] if client else 0
+
+
+class Edge:
+    """Gives a request its id, every answer its headers, and the log a line about it."""
+
+    def __init__(self, app: ASGIApp, *, https_only: bool) -> None:
+        self._app = app
+        self._headers = _USUAL | (_HTTPS_ONLY if https_only else {})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        request_id = _request_id(scope)
+        status: int | None = None
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self._complete(MutableHeaders(scope=message), scope["path"], request_id)
+            await send(message)
+
+        with bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, answer)
+            finally:
+                took = round((time.perf_counter() - began) * 1000, 1)
+                route = _route(scope)
+                note = log.debug if route in _ASKED_ALL_THE_TIME else log.info
+                note("request", method=scope["method"], route=route, status=status, ms=took)
+
+    def _complete(self, headers: MutableHeaders, path: str, request_id: str) -> None:
+        for name, value in self._headers.items():
+            headers.setdefault(name, value)
+        if path.startswith("/api/"):
+            headers.setdefault("Cache-Control", "no-store")
+        headers[REQUEST_ID] = request_id
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get(REQUEST_ID, "")
+    return given if _GOOD_ID.fullmatch(given) else uuid4().hex
+
+
+def _route(scope: Scope) -> str:
+    """The template of the path: a path itself, or a query, may hold phone numbers and secrets."""
+    if scope["path"] == scope["app"].openapi_url:
+        return str(scope["path"])  # FastAPI's own route, of which it does not say that it was the one
+    return getattr(scope.get("route"), "path", None) or "unmatched"
+
+
+class CrossOrigin(CORSMiddleware):
+    """Tells an origin that is not listed nothing at all, where Starlette would tell it all but its own name."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        origin = Headers(scope=scope).get("origin") if scope["type"] == "http" else None
+        if origin is None or self.is_allowed_origin(origin):
+            await super().__call__(scope, receive, send)
+        else:
+            # As one without an origin, which is told no more than that others may be answered differently.
+            await self.simple_response(scope, receive, send, request_headers=Headers())
+
+
+class Unexpected:
+    """Answers 500 for an error that nobody expected.
+
+    Starlette's own handler for these is outside of everything here: its answers would have no id and no headers, and
+    no other origin could read them.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def answer(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, answer)
+        except Exception:
+            log.exception("unexpected error", method=scope["method"], route=_route(scope))
+            # An answer that has started is not completed, upon which the server closes the connection. Raised, the
+            # error would be logged once more.
+            if not started:
+                await JSONResponse({"error": "Internal server error"}, 500)(scope, receive, send)

@@ -1,0 +1,139 @@
+"""What is logged, ours and the libraries': one line each, on standard error, with nothing secret in it.
+
+Our modules only ask structlog for a logger, and log a constant sentence and named fields. An exception can be such a
+field.
+"""
+
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+from structlog.stdlib import ProcessorFormatter
+from structlog.typing import EventDict, Processor
+
+from switchboard.logs.redaction import plain, redactor, secrets_of
+from switchboard.logs.traces import TRACEBACK, places, trace
+from switchboard.settings import Settings
+
+# At import, because something may be logged before anybody has read the settings. From here on our lines are records of
+# the standard library's, which pytest and others can take as well.
+structlog.configure(
+    processors=[structlog.stdlib.filter_by_level, ProcessorFormatter.wrap_for_formatter],
+    wrapper_class=structlog.stdlib.BoundLogger,
+    logger_factory=structlog.stdlib.LoggerFactory(),
+)
+
+
+def configure(settings: Settings) -> None:
+    """Sends everything that is logged to standard error: in JSON in production, readable in development.
+
+    Can be called again; then the last settings hold.
+    """
+    root = logging.getLogger()
+    handler = next((each for each in root.handlers if isinstance(each, _Stderr)), None)
+    if handler is None:
+        handler = _Stderr()
+        root.addHandler(handler)
+    handler.setFormatter(_formatter(settings))
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    logging.getLogger("switchboard").setLevel(level)
+    # Libraries tell of every request at INFO, with addresses and more.
+    root.setLevel(max(level, logging.WARNING))
+    logging.captureWarnings(True)
+
+
+class _Stderr(logging.Handler):
+    """Writes to what is standard error at the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(f"{self.format(record)}\n")
+            sys.stderr.flush()
+        except Exception:  # noqa: BLE001  # whoever logs goes on
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the standard library's name
+        # In place of its own, which would print the message and its arguments as they are.
+        with contextlib.suppress(Exception):
+            sys.stderr.write(f"a line of {record.name} could not be written\n")
+
+
+def _formatter(settings: Settings) -> logging.Formatter:
+    clean = redactor(secrets_of(settings))
+    processors: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        _headed,
+        lambda _, __, line: clean(line),  # last, so that nothing escapes it
+    ]
+    if settings.environment == "production":
+        processors.append(structlog.processors.JSONRenderer())
+    else:
+        processors += [_printable, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), sort_keys=False)]
+    return ProcessorFormatter(
+        processors=processors, foreign_pre_chain=[_foreign], use_get_message=False, pass_foreign_args=True
+    )
+
+
+# From a record to what a line says.
+
+
+def _foreign(_: object, __: str, line: EventDict) -> EventDict:
+    """Puts the message of a library's record together, without what objects say of themselves."""
+    arguments = line.pop("positional_args", None)
+    text = str(line["event"])
+    if isinstance(arguments, Mapping):
+        text %= {name: plain(value) for name, value in arguments.items()}
+    elif arguments:
+        text %= tuple(map(plain, arguments))
+    first, _, rest = text.strip().partition("\n")
+    match line["_record"].name:
+        case "asyncio":
+            # "Exception in callback f(what, somebody, sent)", and behind it the task with its exception's message.
+            first = re.sub(r"^(Exception in callback [^(]*)\(.*", r"\1", first)
+        case "py.warnings":
+            # "file:1: UserWarning: what pydantic could not serialize", and behind it the line of code.
+            first = re.sub(r"^(.*?:\d+: \w+): .*", r"\1", first)
+    if TRACEBACK in first:
+        # Starlette reports a start that has failed as nothing but a traceback.
+        line["exception"] = "\n".join(places(f"{first}\n{rest}"))
+        first = "exception"
+    line["event"] = first
+    return line
+
+
+def _headed(_: object, __: str, line: EventDict) -> EventDict:
+    record: logging.LogRecord = line.pop("_record")
+    del line["_from_structlog"]
+    moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+    headed = {
+        "timestamp": f"{moment.removesuffix('+00:00')}Z",
+        "level": record.levelname.lower(),
+        "logger": record.name,
+        "event": line.pop("event"),
+    }
+    error = _error(line.pop("exc_info", None))
+    if error is not None:
+        line["exception"] = trace(error)
+    return headed | dict(line)
+
+
+def _error(exc_info: Any) -> BaseException | None:
+    """The exception behind what `exc_info` may be: True, an exception, or what `sys.exc_info` returns."""
+    if isinstance(exc_info, BaseException):
+        return exc_info
+    if isinstance(exc_info, tuple):
+        return exc_info[1]  # type: ignore[no-any-return]
+    return sys.exception() if exc_info else None
+
+
+def _printable(_: object, __: str, line: EventDict) -> EventDict:
+    """Escapes what would move a terminal's cursor."""
+    for name, value in line.items():
+        if isinstance(value, str) and name != "exception":
+            line[name] = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], value)
+    return line

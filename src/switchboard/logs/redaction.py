@@ -1,0 +1,115 @@
+"""What no line may hold.
+
+Nothing of it is logged on purpose: this is for what a library, or somebody's haste, lets slip.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import PurePath
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+from uuid import UUID
+
+from pydantic import SecretStr
+
+from switchboard.logs.traces import told
+from switchboard.settings import Settings
+
+REDACTED = "[redacted]"
+
+_SECRET_FIELDS = frozenset(
+    {
+        "access_token",
+        "api_key",
+        "authorization",
+        "body",
+        "callback_key",
+        "cookie",
+        "hook_key",
+        "idempotency_key",
+        "password",
+        "payload",
+        "phone",
+        "phone_number",
+        "secret",
+        "token",
+        "x_api_key",
+    }
+)
+
+_SHORTEST = 12
+"""Characters of a setting that is searched for: a password such as `postgres` is a word, too."""
+
+_NAMES = "(?:access_|refresh_|id_)?token|(?:x-)?api[_-]?key|password|secret|signature|authorization"
+
+_PATTERNS: Sequence[tuple[re.Pattern[str], str]] = [
+    (re.compile(pattern, re.ASCII | re.IGNORECASE), replacement)
+    for pattern, replacement in (
+        # user:password@ in an address, up to the last @, for passwords hold anything.
+        (r"(?<=://)(?:[^\s\"'<>]{0,255}:[^\s\"'<>]{0,255}|[^\s\"'<>/]{0,255})@", f"{REDACTED}@"),
+        (r"\b(bearer|basic) +[\w.~+/=-]{8,}", rf"\1 {REDACTED}"),
+        # token=… in a query, X-API-KEY: … in a header, "password": "…" in JSON.
+        (rf"\b({_NAMES})([\"']?(?:=|: ?)[\"']?)(?!(?:bearer|basic) )[^\s\"'&#,;}}]+", rf"\1\2{REDACTED}"),
+        # JSON Web Tokens, signed and encrypted.
+        (r"eyJ[\w-]{4,}(?:\.[\w-]*){2,4}", REDACTED),
+        # API keys, secrets, hashes.
+        (r"(?<![0-9a-f])[0-9a-f]{64,}(?![0-9a-f])", REDACTED),
+        # Phone numbers. With a plus, or its escape, and in the form (555) 123-4567 they are known for what they are.
+        (r"(?:\+|%2B)(?:[ ().-]{0,2}\d){7,15}(?!\d)", REDACTED),
+        (r"(?<![\w.-])(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}(?![\w-])", REDACTED),
+        # Without one, 10 to 15 digits that stand alone. Not those that are a time in seconds or in milliseconds, until
+        # 2033: they begin with 1, as no number of 10 or 13 digits does. Our own ids are numbers, which nobody
+        # searches, or hold letters; another's id may be taken for a phone number, which harms less than the reverse.
+        (r"(?<![\w.-])(?!1\d{9}(?:\d{3})?(?!\d))\d{10,15}(?!\.?[\w-])", REDACTED),
+    )
+]
+
+
+def secrets_of(settings: Settings) -> frozenset[str]:
+    """The secret settings, and the passwords in those that are addresses."""
+    found = set()
+    for _, value in settings:
+        if isinstance(value, SecretStr):
+            secret = value.get_secret_value()
+            found.add(secret)
+            with contextlib.suppress(ValueError):
+                found.add(unquote(urlsplit(secret).password or ""))
+    return frozenset(secret for secret in found if len(secret) >= _SHORTEST)
+
+
+def redactor(secrets: Iterable[str] = ()) -> Callable[[Any], Any]:
+    """Makes a function that takes these secrets, and what looks like one, or like a phone number, out of a value."""
+    forms = {form for secret in secrets for form in (secret, quote(secret, safe=""))}
+    known = re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True)))) if forms else None
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            text = known.sub(REDACTED, value) if known else str(value)
+            for pattern, replacement in _PATTERNS:
+                text = pattern.sub(replacement, text)
+            return text
+        if isinstance(value, Mapping):
+            return {
+                str(clean(name)): REDACTED if str(name).lower().replace("-", "_") in _SECRET_FIELDS else clean(each)
+                for name, each in value.items()
+            }
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [clean(each) for each in value]
+        printed = plain(value)
+        return clean(printed) if isinstance(printed, str) else printed
+
+    return clean
+
+
+def plain(value: Any) -> Any:
+    """A value as it may be printed. Of an object that could hold anything, its class."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, (UUID, date, PurePath, IPv4Address, IPv6Address)):
+        return str(value)
+    if isinstance(value, BaseException):
+        return told(value)
+    return f"<{type(value).__qualname__}>"

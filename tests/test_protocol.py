@@ -1,0 +1,504 @@
+"""What a connection may send, and in what time, before and behind the requests that the application sees."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.responses import StreamingResponse
+
+from switchboard import bodies, edge, errors
+from switchboard.protocol import BoundedProtocol
+from switchboard.settings import Settings
+from tests.conftest import HOOK_KEY, Servers, Service, running_service, serving, settings_for
+
+HEAD, BODY = 2_000, 3_000
+QUICK = 0.25
+URL = "/api/webhooks/happyrobot"
+GET = b"GET /quick HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
+def application(settings: Settings) -> FastAPI:
+    """What a client can meet: an answer at once, one in parts, one that waits, a body that is read, one that is not."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
+        yield {"settings": settings, "go_on": asyncio.Event(), "seen": []}
+
+    app = FastAPI(lifespan=lifespan)
+    errors.install(app)
+    edge.install(app, settings)
+
+    @app.get("/quick")
+    async def quick(request: Request) -> dict[str, Any]:
+        request.state.seen.append(request.headers.raw)
+        return {"headers": len(request.headers.raw), "last": request.headers.get("last")}
+
+    @app.get("/parts")
+    async def parts(request: Request) -> StreamingResponse:
+        async def wait() -> AsyncIterator[bytes]:
+            yield b"first;"
+            await request.state.go_on.wait()
+            yield b"last;"
+
+        return StreamingResponse(wait())
+
+    @app.get("/waits")
+    async def waits(request: Request) -> str:
+        await request.state.go_on.wait()
+        return "waited"
+
+    @app.post("/body")
+    async def body(request: Request) -> dict[str, Any]:
+        size = len(await bodies.read(request))
+        return {"size": size, "sneaked": request.headers.get("x-forwarded-for")}
+
+    @app.post("/unread")
+    async def unread() -> str:
+        return "not read"
+
+    return app
+
+
+class Client:
+    """A connection of which every byte is ours."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def send(self, *parts: bytes) -> None:
+        for part in parts:
+            self.writer.write(part)
+            await self.writer.drain()
+
+    async def pour(self, parts: Iterable[bytes]) -> None:
+        """Sends until the other side has had enough."""
+        with contextlib.suppress(ConnectionError):
+            for part in parts:
+                await self.send(part)
+                await asyncio.sleep(0)
+
+    async def drip(self) -> None:
+        """Never stops sending, and never gets anywhere."""
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await self.send(b"x")
+                await asyncio.sleep(0.01)
+
+    async def answer(self) -> tuple[int, dict[str, str], Any]:
+        """One answer: its status, its headers, its body."""
+        async with asyncio.timeout(10):
+            head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+            headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+            body = await self.reader.readexactly(int(headers["content-length"]))
+        return int(head[0].split()[1]), headers, json.loads(body)
+
+    async def ended(self) -> bytes:
+        """What is left to read until the connection ends."""
+        async with asyncio.timeout(10):
+            try:
+                return await self.reader.read()
+            except ConnectionResetError:
+                return b""
+
+
+@contextlib.asynccontextmanager
+async def connected(url: str) -> AsyncIterator[Client]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+    try:
+        yield Client(reader, writer)
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+@dataclass
+class Server:
+    """The application above, with its limits."""
+
+    url: str
+    server: uvicorn.Server
+
+    @property
+    def state(self) -> Any:
+        return self.server.lifespan.state
+
+    @property
+    def connections(self) -> set[Any]:
+        return self.server.server_state.connections
+
+    def client(self) -> contextlib.AbstractAsyncContextManager[Client]:
+        return connected(self.url)
+
+
+@contextlib.asynccontextmanager
+async def listening(**more: Any) -> AsyncIterator[Server]:
+    settings = Settings(**{"max_header_size": HEAD, "max_body_size": BODY, "request_timeout": 60} | more)
+    async with serving(lambda _: application(settings), http=BoundedProtocol) as (url, server):
+        yield Server(url, server)
+
+
+@pytest.fixture(scope="module")
+async def servers_of_both_kinds() -> AsyncIterator[tuple[Server, Server]]:
+    async with listening() as patient, listening(request_timeout=QUICK) as hasty:
+        yield patient, hasty
+
+
+async def _as_new(server: Server) -> AsyncIterator[Server]:
+    server.state["seen"].clear()
+    server.state["go_on"].clear()
+    yield server
+    server.state["go_on"].set()
+    await until(lambda: not server.connections)
+
+
+@pytest.fixture
+async def patient(servers_of_both_kinds: tuple[Server, Server]) -> AsyncIterator[Server]:
+    """Takes its time."""
+    async for server in _as_new(servers_of_both_kinds[0]):
+        yield server
+
+
+@pytest.fixture
+async def hasty(servers_of_both_kinds: tuple[Server, Server]) -> AsyncIterator[Server]:
+    """Does not."""
+    async for server in _as_new(servers_of_both_kinds[1]):
+        yield server
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  # it is the other side of a socket
+            await asyncio.sleep(0.005)
+
+
+def endless(start: bytes, part: bytes) -> Iterable[bytes]:
+    yield start
+    for _ in range(20_000):
+        yield part
+
+
+# Size.
+
+
+@pytest.mark.parametrize(
+    ("start", "part"),
+    [
+        (b"GET /", b"x" * 500),
+        (b"GET / HTTP/1.1\r\nX: ", b"x" * 500),
+        (b"GET / HTTP/1.1\r\nX", b"x" * 500),
+        (b"GET / HTTP/1.1\r\n", b"X: y\r\n" * 50),
+        (b"GET / HTTP/1.1\r\n", b"X: " + b"y" * 100_000 + b"\r\n"),
+        (b"\r\n", b"\r\n" * 200),
+        (GET + b"GET / HTTP/1.1\r\nX: ", b"x" * 500),
+    ],
+)
+async def test_a_head_without_an_end_is_refused(patient: Server, start: bytes, part: bytes):
+    async with patient.client() as client:
+        pouring = asyncio.create_task(client.pour(endless(start, part)))
+        if start.startswith(GET):
+            assert (await client.answer())[0] == 200
+        status, headers, body = await client.answer()
+        assert (status, body) == (431, {"error": "The request's line and headers are too large"})
+        assert headers["connection"] == "close"
+        assert headers["content-type"] == "application/json"
+        assert headers["x-content-type-options"] == "nosniff"
+        assert await client.ended() == b""
+        pouring.cancel()
+    await until(lambda: not patient.connections)
+    assert len(patient.state["seen"]) == start.count(GET)
+
+
+@pytest.mark.parametrize("piece", [1, 700, 10_000])
+async def test_a_head_may_be_as_large_as_the_limit_and_no_larger(patient: Server, piece: int):
+    def head(size: int) -> bytes:
+        frame = b"GET /quick HTTP/1.1\r\nHost: h\r\nLast: \r\n\r\n"
+        return frame[:-4] + b"x" * (size - len(frame)) + frame[-4:]
+
+    for size, expected in ((HEAD, 200), (HEAD + 100, 431)):
+        async with patient.client() as client:
+            whole = head(size)
+            await client.pour(whole[start : start + piece] for start in range(0, size, piece))
+            assert (await client.answer())[0] == expected
+
+
+async def test_many_small_headers_count_together(patient: Server):
+    async with patient.client() as client:
+        await client.send(GET[:-2] + b"A: b\r\n" * 400 + b"\r\n")
+        assert (await client.answer())[0] == 431
+
+
+async def test_behind_another_request_a_head_has_the_same_limit(patient: Server):
+    """Where it begins within what was received with the request before it."""
+    async with patient.client() as client:
+        await client.send(GET * 20 + GET[:-2] + b"A: " + b"b" * HEAD + b"\r\n\r\n" + GET)
+        assert [(await client.answer())[0] for _ in range(21)] == [200] * 20 + [431]
+        assert await client.ended() == b""
+    assert len(patient.state["seen"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("start", "part"),
+    [
+        (b"1;", b"x" * 500),  # the extension of a chunk
+        (b"1\r\nx\r\n0\r\nX: ", b"x" * 500),  # a trailer
+        (b"1\r\nx\r\n0\r\n", b"X: y\r\n" * 50),  # trailers
+    ],
+)
+async def test_what_surrounds_a_body_has_the_same_limit(patient: Server, start: bytes, part: bytes):
+    head = b"POST /body HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with patient.client() as client:
+        pouring = asyncio.create_task(client.pour(endless(head + start, part)))
+        assert (await client.answer())[0] == 431
+        assert await client.ended() == b""
+        pouring.cancel()
+    await until(lambda: not patient.connections)
+
+
+async def test_chunks_of_one_byte_are_no_reason_to_refuse(patient: Server):
+    async with patient.client() as client:
+        await client.send(b"POST /body HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await client.send(b"1\r\nx\r\n" * 1_000 + b"0\r\n\r\n")
+        assert (await client.answer())[2]["size"] == 1_000
+
+
+async def test_trailers_are_no_headers(patient: Server):
+    async with patient.client() as client:
+        await client.send(
+            b"POST /body HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
+            b"X-Forwarded-For: 192.0.2.1\r\n\r\n"
+        )
+        assert (await client.answer())[2] == {"size": 1, "sneaked": None}
+
+
+# Bodies.
+
+
+@pytest.mark.parametrize("length", [b"Content-Length: 1000000000", b"Transfer-Encoding: chunked"])
+async def test_a_body_that_is_too_large_is_refused_and_not_listened_to_for_long(patient: Server, length: bytes):
+    async with patient.client() as client:
+        head = b"POST /body HTTP/1.1\r\nHost: h\r\n" + length + b"\r\n\r\n"
+        pouring = asyncio.create_task(client.pour(endless(head, b"3e8\r\n" + b"x" * 1_000 + b"\r\n")))
+        status, _, body = await client.answer()
+        assert (status, body) == (413, {"error": "The body must be smaller than 0.003 MB"})
+        assert await client.ended() == b""
+        await pouring
+    await until(lambda: not patient.connections)
+
+
+async def test_what_is_left_of_a_body_may_come_and_the_connection_goes_on(patient: Server):
+    async with patient.client() as client:
+        await client.send(b"POST /unread HTTP/1.1\r\nHost: h\r\nContent-Length: 2000\r\n\r\n" + b"x" * 500)
+        assert (await client.answer())[2] == "not read"
+        await client.send(b"x" * 1_500 + GET)
+        assert (await client.answer())[0] == 200
+        await client.send(GET)
+        assert (await client.answer())[0] == 200
+
+
+async def test_what_is_left_of_a_body_has_to_come_in_time(hasty: Server):
+    async with hasty.client() as client:
+        await client.send(b"POST /unread HTTP/1.1\r\nHost: h\r\nContent-Length: 2000\r\n\r\n" + b"x" * 500)
+        assert (await client.answer())[2] == "not read"
+        assert await client.ended() == b""
+
+
+async def test_a_body_that_nobody_asked_for_is_not_waited_for(patient: Server):
+    async with patient.client() as client:
+        await client.send(b"POST /body HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: 4000\r\n\r\n")
+        assert (await client.answer())[0] == 413
+        assert await client.ended() == b""
+
+
+async def test_a_body_that_was_asked_for_is_read(patient: Server):
+    async with patient.client() as client:
+        await client.send(b"POST /body HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n")
+        assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await client.send(b"body", GET)
+        assert (await client.answer())[2]["size"] == 4
+        assert (await client.answer())[0] == 200
+
+
+@pytest.mark.parametrize("sent", [b"", b"half"])
+async def test_a_slow_body_is_given_up(hasty: Server, sent: bytes):
+    async with hasty.client() as client:
+        await client.send(b"POST /body HTTP/1.1\r\nHost: h\r\nContent-Length: 8\r\n\r\n" + sent)
+        status, headers, body = await client.answer()
+        assert (status, body) == (408, {"error": f"The body must arrive within {QUICK} seconds"})
+        assert headers["connection"] == "close"
+        assert headers["x-request-id"]
+        assert await client.ended() == b""
+
+
+async def test_a_body_that_drips_is_given_up(hasty: Server):
+    async with hasty.client() as client:
+        await client.send(b"POST /body HTTP/1.1\r\nHost: h\r\nContent-Length: 800\r\n\r\n")
+        dripping = asyncio.create_task(client.drip())
+        assert (await client.answer())[0] == 408
+        dripping.cancel()
+
+
+# Time.
+
+
+async def test_a_silent_connection_is_closed_without_a_word(hasty: Server):
+    async with hasty.client() as client:
+        assert await client.ended() == b""
+
+
+@pytest.mark.parametrize("part", [b"G", b"\r\n", b"GET / HTTP/1.1\r\n", GET[:-2]])
+async def test_half_a_head_is_answered_408(hasty: Server, part: bytes):
+    async with hasty.client() as client:
+        await client.send(part)
+        status, headers, body = await client.answer()
+        assert (status, body) == (408, {"error": "The request did not arrive in time"})
+        assert headers["connection"] == "close"
+        assert await client.ended() == b""
+    await until(lambda: not hasty.connections)
+
+
+async def test_a_head_that_drips_is_given_up(hasty: Server):
+    async with hasty.client() as client:
+        await client.send(b"GET / HTTP/1.1\r\nX: ")
+        dripping = asyncio.create_task(client.drip())
+        assert (await client.answer())[0] == 408
+        dripping.cancel()
+
+
+async def test_the_second_request_of_a_connection_has_its_own_time(hasty: Server):
+    async with hasty.client() as client:
+        await client.send(GET)
+        assert (await client.answer())[0] == 200
+        # Longer than a request may take: an idle connection is kept.
+        await asyncio.sleep(QUICK * 1.5)
+        await client.send(GET[:20], GET[20:])
+        assert (await client.answer())[0] == 200
+        await client.send(GET + GET[:20])
+        assert [(await client.answer())[0] for _ in range(2)] == [200, 408]
+        assert await client.ended() == b""
+
+
+async def test_an_answer_may_take_as_long_as_it_likes(hasty: Server):
+    async with hasty.client() as client:
+        await client.send(b"GET /waits HTTP/1.1\r\nHost: h\r\n\r\n" + GET[:20])
+        await asyncio.sleep(QUICK * 2.5)
+        hasty.state["go_on"].set()
+        assert (await client.answer())[2] == "waited"
+        await client.send(GET[20:])
+        assert (await client.answer())[0] == 200
+
+
+# What is no request.
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # somebody who speaks TLS
+        b"hello\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET  HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+        b"POST /body HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+        b"POST /body HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"POST /body HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST /body HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+async def test_what_cannot_be_parsed_is_answered_in_our_shape(
+    patient: Server, garbage: bytes, caplog: pytest.LogCaptureFixture
+):
+    async with patient.client() as client:
+        await client.send(garbage)
+        status, headers, body = await client.answer()
+        assert (status, body) == (400, {"error": "Bad request"})
+        assert headers["content-type"] == "application/json"
+        assert await client.ended() == b""
+    await until(lambda: not patient.connections)
+    assert "uvicorn" not in {record.name.partition(".")[0] for record in caplog.records}
+
+
+async def test_nothing_is_written_into_an_answer_that_has_begun(patient: Server):
+    async with patient.client() as client:
+        await client.send(b"GET /parts HTTP/1.1\r\nHost: h\r\n\r\n")
+        await client.reader.readuntil(b"first;\r\n")
+        await client.send(b"\x00\x00\r\n\r\n")
+        # The server has read that once it does not hear what follows.
+        [connection] = patient.connections
+        await until(lambda: connection._deaf)
+        await client.send(GET)
+        patient.state["go_on"].set()
+        assert await client.reader.readuntil(b"0\r\n\r\n") == b"5\r\nlast;\r\n0\r\n\r\n"
+        assert (await client.answer())[0] == 400
+        assert await client.ended() == b""
+
+
+async def test_a_refusal_is_not_taken_for_the_answer_to_the_request_before(patient: Server):
+    async with patient.client() as client:
+        await client.send(b"GET /waits HTTP/1.1\r\nHost: h\r\n\r\n" + GET + b"\x00\x00\r\n\r\n")
+        await until(lambda: all(connection._deaf for connection in patient.connections))
+        patient.state["go_on"].set()
+        assert [(await client.answer())[0] for _ in range(3)] == [200, 200, 400]
+        assert await client.ended() == b""
+
+
+async def test_a_body_that_breaks_off_ends_the_answer_that_has_begun(patient: Server):
+    async with patient.client() as client:
+        await client.send(b"GET /parts HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
+        await client.reader.readuntil(b"first;\r\n")
+        await client.send(b"zz\r\n")
+        assert await client.ended() == b""
+
+
+@pytest.mark.parametrize("upgrade", [b"websocket", b"h2c"])
+async def test_nothing_else_is_spoken_here(patient: Server, upgrade: bytes, caplog: pytest.LogCaptureFixture):
+    asked = GET[:-2] + b"Connection: Upgrade\r\nUpgrade: " + upgrade + b"\r\n\r\n"
+    async with patient.client() as client:
+        # What follows could be the body of a request of which the parser says that it has none.
+        await client.send(asked + GET)
+        await client.send(GET)
+        assert (await client.answer())[0] == 200
+        assert await client.ended() == b""
+    assert len(patient.state["seen"]) == 1
+    assert caplog.records == [] or {record.name for record in caplog.records} == {"switchboard.edge"}
+
+
+# What has to go on working.
+
+
+async def test_pipelined_requests_are_answered_in_order(patient: Server):
+    async with patient.client() as client:
+        requests = [GET[:-2] + b"Last: %d\r\n\r\n" % number for number in range(100)]
+        await client.send(b"".join(requests))
+        assert [(await client.answer())[2]["last"] for _ in requests] == [str(number) for number in range(100)]
+
+
+async def test_a_request_may_come_byte_by_byte_and_the_connection_is_kept(patient: Server):
+    async with patient.client() as client:
+        for _ in range(2):
+            await client.pour(GET[at : at + 1] for at in range(len(GET)))
+            assert (await client.answer())[0] == 200
+        assert len(patient.connections) == 1
+
+
+async def test_the_service_is_bounded_by_its_settings(database_url: str, servers: Servers):
+    limits: dict[str, Any] = {"max_header_size": HEAD, "max_body_size": BODY, "request_timeout": QUICK}
+    async with running_service(settings_for(database_url, servers.redis_url, None, **limits)) as service:
+        await _is_bounded(service)
+
+
+async def _is_bounded(service: Service) -> None:
+    key = {"X-API-KEY": HOOK_KEY}
+    assert (await service.http.get("/healthz", headers={"X": "x" * HEAD})).status_code == 431
+    large = await service.http.post(URL, content=b"x" * BODY, headers=key)
+    assert (large.status_code, large.json()) == (413, {"error": "The body must be smaller than 0.003 MB"})
+    async with connected(service.url) as client:
+        await client.send(f"POST {URL} HTTP/1.1\r\nX-API-KEY: {HOOK_KEY}\r\nContent-Length: 9\r\n\r\n".encode())
+        assert (await client.answer())[0] == 408
