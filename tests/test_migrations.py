@@ -125,7 +125,7 @@ async def test_what_was_stored_before_there_were_keys_keeps_its_place(empty_url:
         for workflow in ("default", "another"):
             for statement in (
                 "INSERT INTO agent_runs (run_id, context_id, workflow_id) VALUES (:workflow, 'c', :workflow)",
-                "INSERT INTO run_events (run_id, context_id, event_type, status) VALUES (:workflow, 'c', 'x', 'RUNNING')",
+                "INSERT INTO run_events (run_id, context_id, event_type, status) VALUES (:workflow, '', '', 'RUNNING')",
             ):
                 await conn.execute(text(statement), {"workflow": workflow})
     await migrate(empty_url)

@@ -69,7 +69,7 @@ def connect(url: str, *, pool_size: int = 10, statement_timeout: float | None = 
     )
 
 
-def _db(connection: HTTPConnection) -> AsyncEngine:
+async def _db(connection: HTTPConnection) -> AsyncEngine:
     db: AsyncEngine = connection.state.db
     return db
 

@@ -295,7 +295,7 @@ def _unsafe(settings: Settings) -> dict[str, str]:
     return reasons
 
 
-def _settings(connection: HTTPConnection) -> Settings:
+async def _settings(connection: HTTPConnection) -> Settings:
     settings: Settings = connection.state.settings
     return settings
 

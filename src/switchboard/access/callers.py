@@ -71,7 +71,7 @@ class Caller:
 ANYBODY = Caller()
 
 
-def _signer(request: Request) -> Signer | None:
+async def _signer(request: Request) -> Signer | None:
     signer: Signer | None = request.state.signer
     return signer
 

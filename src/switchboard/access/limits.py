@@ -44,7 +44,7 @@ class Failures:
             raise TooMany("Too many wrong credentials", retry_after=result.state.retry_after)
 
 
-def _failures(connection: HTTPConnection) -> Failures:
+async def _failures(connection: HTTPConnection) -> Failures:
     failures: Failures = connection.state.failures
     return failures
 

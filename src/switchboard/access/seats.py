@@ -118,7 +118,7 @@ def _is_here(address: str) -> bool:
         return False
 
 
-def _seats(connection: HTTPConnection) -> Seats:
+async def _seats(connection: HTTPConnection) -> Seats:
     seats: Seats = connection.state.seats
     return seats
 

@@ -404,7 +404,7 @@ async def _send(client: httpx.AsyncClient, request: httpx.Request) -> tuple[http
         await response.aclose()
 
 
-def _happyrobot(connection: HTTPConnection) -> HappyRobot:
+async def _happyrobot(connection: HTTPConnection) -> HappyRobot:
     happyrobot: HappyRobot = connection.state.happyrobot
     return happyrobot
 

@@ -229,7 +229,7 @@ def _said(answer: Answer) -> bytes:
     return _UNCLEAR if answer.heard else _NOTHING
 
 
-def _lookups(connection: HTTPConnection) -> Lookups:
+async def _lookups(connection: HTTPConnection) -> Lookups:
     lookups: Lookups = connection.state.lookups
     return lookups
 

@@ -238,7 +238,7 @@ class Hub:
         self._cursor = frame.event.id
 
 
-def _hub(connection: HTTPConnection) -> Hub:
+async def _hub(connection: HTTPConnection) -> Hub:
     hub: Hub = connection.state.hub
     return hub
 

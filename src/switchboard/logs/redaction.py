@@ -7,6 +7,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import PurePath
 from typing import Any
@@ -42,6 +43,9 @@ _SECRET_FIELDS = frozenset(
 
 _SHORTEST = 12
 """Characters of a setting that is searched for: a password such as `postgres` is a word, too."""
+
+_SHORT = 64
+"""Characters of a text for which it is worth remembering what was found in it."""
 
 _NAMES = "(?:access_|refresh_|id_)?token|(?:x-)?api[_-]?key|password|secret|signature|authorization"
 
@@ -85,12 +89,19 @@ def redactor(secrets: Iterable[str] = ()) -> Callable[[Any], Any]:
     forms = {form for secret in secrets for form in (secret, quote(secret, safe=""))}
     known = re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True)))) if forms else None
 
+    def searched(text: str) -> str:
+        text = known.sub(REDACTED, text) if known else text
+        for pattern, replacement in _PATTERNS:
+            text = pattern.sub(replacement, text)
+        return text
+
+    # Most of a line is what all lines are made of: names of fields, of loggers, of routes.
+    searched_before = lru_cache(1000)(searched)
+
     def clean(value: Any) -> Any:
         if isinstance(value, str):
-            text = known.sub(REDACTED, value) if known else str(value)
-            for pattern, replacement in _PATTERNS:
-                text = pattern.sub(replacement, text)
-            return text
+            text = str(value)
+            return searched_before(text) if len(text) < _SHORT else searched(text)
         if isinstance(value, Mapping):
             return {
                 str(clean(name)): REDACTED if str(name).lower().replace("-", "_") in _SECRET_FIELDS else clean(each)

@@ -57,7 +57,7 @@ class RecordingsOut(BaseModel):
     recordings: list[Recording]
 
 
-def _canceler(connection: HTTPConnection) -> Canceler:
+async def _canceler(connection: HTTPConnection) -> Canceler:
     canceler: Canceler = connection.state.canceler
     return canceler
 

@@ -112,7 +112,7 @@ class Intake:
         self._announcer.announce(result.events)
 
 
-def _intake(connection: HTTPConnection) -> Intake:
+async def _intake(connection: HTTPConnection) -> Intake:
     intake: Intake = connection.state.intake
     return intake
 
