@@ -1,10 +1,12 @@
 """Who may do what: every route against every kind of caller."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import quote, urlsplit
 from uuid import UUID
 
 import httpx
@@ -330,3 +332,29 @@ async def test_no_stream_holds_runs_of_a_workflow_that_a_key_is_not_for(house: H
             await house.service.callback("of another", "log", kind)
             found = [event async for event in until_run(stream, "of another", kind)]
         assert {event["workflow_id"] for event in found} == {"another"}
+
+
+@pytest.mark.parametrize("route", [TRIGGER, TOKENS, CALLBACK], ids=" ".join)
+async def test_who_is_refused_has_nothing_read_of_what_they_send(house: House, route: tuple[str, str]):
+    port = urlsplit(house.service.url).port
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    method, path = route
+    writer.write(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n\r\n".encode())
+    # Not a byte of the body follows.
+    assert (await reader.readline()).startswith(b"HTTP/1.1 401 ")
+    writer.close()
+    await writer.wait_closed()
+
+
+@pytest.mark.parametrize("text", ["a\r\nSet-Cookie: x=y", "ü", "\u2028", "%0d%0a", "a/b", "' OR 1=1 --", "😀"])
+async def test_odd_ids_open_nothing_and_come_back_as_they_are(house: House, text: str):
+    headers = {"Authorization": house.credentials["key"]}
+    http = house.service.http
+    answer = await http.get(f"{RUNS[1]}/{quote(text, safe='')}", headers=headers)
+    assert (answer.status_code, answer.json()) == (404, {"error": "Run not found"})
+    assert "set-cookie" not in answer.headers
+    made = await http.post(TOKENS[1], json={"context_ids": [text], "scopes": ["read", "trigger"]}, headers=headers)
+    token = {"Authorization": f"Bearer {made.json()['token']}"}
+    started = await http.post(TRIGGER[1], json={"context_id": text}, headers=token)
+    assert started.status_code == 200
+    assert {run["contextId"] for run in (await http.get(RUNS[1], headers=token)).json()} == {text}
