@@ -5,18 +5,20 @@ import json
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import select, text
+from sqlalchemy import select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database, workflows
+from switchboard.access import keys
 from switchboard.happyrobot.client import Hook
 from switchboard.sealing import Sealer
-from switchboard.tables import SEALED, api_key_digests, metadata
+from switchboard.tables import SEALED, KeyScope, api_key_digests, api_keys, metadata
 from switchboard.tables import workflows as workflow_rows
 from switchboard.workflows import Workflow
 from tests.conftest import APP_SECRET, Said, Service, settings_for
@@ -159,16 +161,76 @@ async def test_what_is_no_option_makes_no_key(command: Command, name: str, argum
 async def test_two_of_a_name_are_told_apart_by_their_ids(command: Command, name: str):
     made = [said(command("keys", "create", "--name", name, "--scope", "app", "--json")) for _ in range(2)]
     done = command("keys", "revoke", name)
-    assert (done.code, done.err) == (1, f"switchboard: 2 keys are named {name}; say which by its id\n")
+    assert done.err.startswith(f"switchboard: 2 keys are named {name}; say which by its id: ")
+    assert all(f"{each['id']} (active)" in done.err for each in made)
     assert said(command("keys", "revoke", made[0]["id"], "--json"))["active"] is False
 
 
-async def test_a_key_that_is_revoked_is_not_replaced(command: Command, name: str):
+@pytest.mark.parametrize("state", ["revoked", "expired"])
+async def test_a_key_that_opens_nothing_is_not_replaced(command: Command, db: AsyncEngine, name: str, state: str):
     said(command("keys", "create", "--name", name, "--scope", "app", "--json"))
-    command("keys", "revoke", name)
+    values = {"active": False} if state == "revoked" else {"expires_at": text("now()")}
+    async with db.begin() as conn:
+        await conn.execute(update(api_keys).where(api_keys.c.name == name).values(values))
     done = command("keys", "rotate", name)
     assert (done.code, done.out) == (1, "")
-    assert f"the key {name} is revoked" in done.err
+    assert f"the key {name} is {state}" in done.err
+
+
+async def digests_of(db: AsyncEngine, name: str) -> list[datetime | None]:
+    """When each of a key's digests ends, the oldest first."""
+    query = select(api_key_digests.c.expires_at).join(api_keys).where(api_keys.c.name == name)
+    async with db.connect() as conn:
+        return list(await conn.scalars(query.order_by(api_key_digests.c.created_at)))
+
+
+async def test_a_grace_does_not_grow_and_ends_with_the_key(command: Command, db: AsyncEngine, name: str):
+    made = said(command("keys", "create", "--name", name, "--scope", "app", "--expires-in", "10h", "--json"))
+    said(command("keys", "rotate", name, "--grace", "1h", "--json"))
+    first, current = await digests_of(db, name)
+    assert current is None
+    rotated = said(command("keys", "rotate", name, "--grace", "2d", "--json"))
+    assert (await digests_of(db, name))[0] == first
+    assert rotated["previous_until"] == made["expires_at"]
+
+
+async def test_of_two_rotations_at_once_one_key_is_the_newest(db: AsyncEngine, name: str):
+    async with db.begin() as conn:
+        made, _ = await keys.create(conn, name, [KeyScope.APP])
+
+    async def rotate() -> None:
+        async with db.begin() as conn:
+            await keys.rotate(conn, made.id, timedelta(hours=1))
+
+    await asyncio.gather(rotate(), rotate(), rotate())
+    ends = await digests_of(db, name)
+    assert (len(ends), ends.count(None)) == (4, 1)
+
+
+async def test_a_leaked_key_is_revoked_by_itself_and_never_repeated(
+    switchboard: Command, environment: dict[str, str], name: str
+):
+    made = said(switchboard("keys", "create", "--name", name, "--scope", "app", "--json", **environment))
+    done = switchboard("keys", "revoke", "-", stdin=f"{made['key']}\n", **environment)
+    assert done.out == f"The key {name} opens nothing any more.\n"
+    unknown = "0" * 64
+    done = switchboard("keys", "revoke", unknown, **environment)
+    assert (done.code, done.err) == (1, "switchboard: there is no such key; `switchboard keys list` shows them\n")
+
+
+async def test_at_night_a_key_is_revoked_with_nothing_but_the_database(
+    switchboard: Command, database_url: str, command: Command, name: str, tmp_path: Path
+):
+    said(command("keys", "create", "--name", name, "--scope", "app", "--json"))
+    variables = {"DATABASE_URL": database_url, "SWITCHBOARD_DATA_DIR": str(tmp_path / "data")}
+    done = switchboard("keys", "revoke", name, **variables, ENVIRONMENT="production")
+    assert done.out == f"The key {name} opens nothing any more.\n"
+    assert switchboard("keys", "list", **variables).code == 0
+    assert not (tmp_path / "data").exists(), "nothing was started"
+    # But in production it is never the database of a developer.
+    done = switchboard("keys", "list", SWITCHBOARD_DATA_DIR=str(tmp_path / "data"), ENVIRONMENT="production")
+    assert (done.code, "DATABASE_URL: must be set" in done.err) == (1, True)
+    assert not (tmp_path / "data").exists()
 
 
 # Stored secrets.

@@ -5,19 +5,31 @@ import contextlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import insert, select, text
+from sqlalchemy import insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import HTTPConnection
 
 from switchboard.access import keys, seats
 from switchboard.access.limits import address_of
+from switchboard.access.tokens import Signer
 from switchboard.tables import KeyScope, api_key_usage, api_keys, executions
-from tests.conftest import HOOK_KEY, Servers, Service, Upstream, insert_run, running_service, settings_for, until
-from tests.test_tokens import RUNS, TOKENS, TRIGGER, bearer, get_token, new_key
+from tests.conftest import (
+    APP_SECRET,
+    HOOK_KEY,
+    Servers,
+    Service,
+    Upstream,
+    insert_run,
+    running_service,
+    settings_for,
+    until,
+)
+from tests.test_tokens import RUNS, TOKENS, TRIGGER, bearer, get_token, new_key, token
 
 STREAM = "/api/events"
 
@@ -76,18 +88,19 @@ async def test_wrong_keys_of_callbacks_count_too(strict: Service, context_id: st
     assert statuses == [401] * 5 + [429]
 
 
+@pytest.mark.parametrize("kind", ["nothing", "revoked key", "token of it", "expired token"])
 async def test_who_brings_nothing_or_what_was_good_once_does_not_guess(
-    strict: Service, db: AsyncEngine, context_id: str
+    strict: Service, db: AsyncEngine, context_id: str, kind: str
 ):
-    address = from_address(context_id)
-    key_id, headers = await new_key(db)
-    signed = await get_token(strict, headers, "*")
+    key_id, key = await new_key(db)
+    signed = await get_token(strict, key, "*")
+    ended = Signer(SecretStr(APP_SECRET)).sign(token(key_id=key_id, expires_at=datetime.now(UTC)))
     async with db.begin() as conn:
         await keys.revoke(conn, key_id)
-    for _ in range(3):
-        assert (await strict.http.get(RUNS, headers=address)).status_code == 401
-        assert (await strict.http.get(RUNS, headers=headers | address)).status_code == 403
-        assert (await strict.http.get(RUNS, headers=bearer(signed) | address)).status_code == 401
+    headers = {"nothing": {}, "revoked key": key, "token of it": bearer(signed), "expired token": bearer(ended)}[kind]
+    for _ in range(6):
+        answer = await strict.http.get(RUNS, headers=headers | from_address(context_id))
+        assert answer.status_code == (403 if kind == "revoked key" else 401)
 
 
 async def test_two_services_count_together_and_each_alone_without_redis(
@@ -112,6 +125,7 @@ async def test_two_services_count_together_and_each_alone_without_redis(
         (("203.0.113.7", 1), "203.0.113.7"),
         (("::ffff:203.0.113.7", 1), "203.0.113.7"),
         (("2001:db8:1:2:3:4:5:6", 1), "2001:db8:1:2::/64"),
+        (("::1", 1), "::1"),
         (("", 0), ""),
         (None, ""),
     ],
@@ -184,19 +198,69 @@ async def test_a_key_that_is_revoked_keeps_no_stream(
                 assert await anext(line async for line in stream.aiter_lines() if "still here" in line)
 
 
+async def test_a_key_that_was_replaced_keeps_no_stream_and_its_tokens_keep_theirs(
+    database_url: str, servers: Servers, upstream: Upstream, db: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(seats, "_LOOK_EVERY", 0.05)
+    async with running_service(settings_for(database_url, servers.redis_url, upstream.url)) as service:
+        key_id, headers = await new_key(db)
+        signed = bearer(await get_token(service, headers, "*"))
+        async with open_stream(service, headers) as ended, open_stream(service, signed) as stays:
+            async with db.begin() as conn:
+                secret, _ = await keys.rotate(conn, key_id, timedelta(0))
+            assert "event: renew" in [line async for line in ended.aiter_lines()]
+            async with open_stream(service, bearer(secret.get_secret_value())) as fresh:
+                run_id = await insert_run(db, "order_1")
+                await service.callback(run_id, "log", "still here")
+                for stream in (stays, fresh):
+                    assert await anext(line async for line in stream.aiter_lines() if "still here" in line)
+
+
+async def test_what_is_good_is_neither_revoked_nor_over(db: AsyncEngine):
+    async with db.begin() as conn:
+        made = [await keys.create(conn, "test", [KeyScope.APP]) for _ in range(4)]
+        found = [await keys.find(conn, secret.get_secret_value()) for _, secret in made]
+        ids = [key.id for key, _ in made]
+        await keys.revoke(conn, ids[0])
+        await conn.execute(update(api_keys).where(api_keys.c.id == ids[1]).values(expires_at=text("now()")))
+        await keys.rotate(conn, ids[2], timedelta(0))
+        good = await keys.good(conn, ids)
+    assert good & set(ids) == {ids[2], ids[3]}
+    assert [key is not None and key.digest in good for key in found] == [False, False, False, True]
+
+
+async def test_looking_goes_on_whatever_goes_wrong(
+    database_url: str, servers: Servers, upstream: Upstream, db: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+):
+    really = keys.good
+
+    async def broken(*_: Any) -> set[Any]:
+        monkeypatch.setattr(keys, "good", really)
+        raise RuntimeError
+
+    monkeypatch.setattr(seats, "_LOOK_EVERY", 0.05)
+    monkeypatch.setattr(keys, "good", broken)
+    async with running_service(settings_for(database_url, servers.redis_url, upstream.url)) as service:
+        key_id, headers = await new_key(db)
+        async with open_stream(service, headers) as stream:
+            async with db.begin() as conn:
+                await keys.revoke(conn, key_id)
+            assert "event: renew" in [line async for line in stream.aiter_lines()]
+
+
 async def test_streams_outlive_a_postgresql_that_is_away_while_keys_are_looked_at(
     database_url: str, servers: Servers, upstream: Upstream, db: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ):
     looked = asyncio.Event()
-    really = keys.no_good
+    really = keys.good
 
     async def away(*_: Any) -> set[Any]:
-        monkeypatch.setattr(keys, "no_good", really)
+        monkeypatch.setattr(keys, "good", really)
         looked.set()
         raise ConnectionError
 
     monkeypatch.setattr(seats, "_LOOK_EVERY", 0.05)
-    monkeypatch.setattr(keys, "no_good", away)
+    monkeypatch.setattr(keys, "good", away)
     async with running_service(settings_for(database_url, servers.redis_url, upstream.url)) as service:
         key_id, headers = await new_key(db)
         async with open_stream(service, headers) as stream:
@@ -258,16 +322,26 @@ async def test_an_idempotency_key_is_its_owners(service: Service, db: AsyncEngin
     _, other = await new_key(db)
     browsers = [
         bearer(await get_token(service, one, contexts, scopes=["trigger"]))
-        for contexts in (["order_1"], ["order_1", "order_2"], ["order_1"], "*")
+        for contexts in (["order_1"], ["order_1", "order_2"], "*")
     ]
     idempotency_key = {"Idempotency-Key": "one"}
     answers = [await trigger(service, each, **idempotency_key) for each in (one, other, *browsers)]
-    assert [answer.status_code for answer in answers] == [200] * 6
+    assert [answer.status_code for answer in answers] == [200] * 5
     ids = [answer.json()["execution_id"] for answer in answers]
-    # Two tokens for the same context are one browser that had its token renewed; one for all is the backend's equal.
-    assert ids[2] == ids[4]
-    assert ids[0] == ids[5]
-    assert len(set(ids)) == 4
+    # A browser whose token was renewed, for more than before, is the same one; one for all is the backend's equal.
+    assert ids[2] == ids[3]
+    assert ids[0] == ids[4]
+    assert len(set(ids)) == 3
+
+
+async def test_browsers_with_different_contexts_do_not_use_up_each_others_keys(service: Service, db: AsyncEngine):
+    _, headers = await new_key(db)
+    for context in ("order_1", "order_2"):
+        signed = bearer(await get_token(service, headers, [context], scopes=["trigger"]))
+        answer = await service.http.post(
+            TRIGGER, json={"context_id": context}, headers=signed | {"Idempotency-Key": "one"}
+        )
+        assert answer.status_code == 200
 
 
 async def test_it_is_known_when_a_key_was_last_used(service: Service, db: AsyncEngine):
@@ -294,6 +368,52 @@ async def test_it_is_known_when_a_key_was_last_used(service: Service, db: AsyncE
     assert again is not None
     assert again > first
     assert (await service.http.get(RUNS, headers=signed)).status_code == 200
+
+
+async def test_nobody_waits_for_whoever_looks_at_a_key(service: Service, db: AsyncEngine):
+    key_id, headers = await new_key(db)
+    async with db.begin() as conn:
+        await conn.execute(select(api_keys).where(api_keys.c.id == key_id).with_for_update())
+        answer = await service.http.get(RUNS, params={"limit": "1"}, headers=headers)
+    assert answer.status_code == 200
+
+
+async def test_a_request_that_was_begun_with_a_good_key_places_no_call_with_a_revoked_one(
+    service: Service, upstream: Upstream, db: AsyncEngine
+):
+    key_id, headers = await new_key(db)
+    before = len(upstream.simulator.calls)
+
+    async def revoked_meanwhile() -> AsyncIterator[bytes]:
+        yield b'{"context_id": '
+        # It has been let in once it is known to be in use.
+        await until(lambda: used(db, key_id))
+        async with db.begin() as conn:
+            await keys.revoke(conn, key_id)
+        yield b'"order_1"}'
+
+    answer = await service.http.post(TRIGGER, content=revoked_meanwhile(), headers=headers)
+    assert (answer.status_code, answer.json()) == (403, {"error": "API key is inactive"})
+    assert len(upstream.simulator.calls) == before
+
+
+async def used(db: AsyncEngine, key_id: UUID) -> bool:
+    async with db.connect() as conn:
+        return await conn.scalar(select(api_keys.c.last_used_at).where(api_keys.c.id == key_id)) is not None
+
+
+async def test_whoever_is_refused_is_named_in_the_log(
+    service: Service, db: AsyncEngine, capsys: pytest.CaptureFixture[str]
+):
+    key_id, headers = await new_key(db)
+    signed = bearer(await get_token(service, headers, "*"))
+    async with db.begin() as conn:
+        await keys.revoke(conn, key_id)
+    for each in (headers, signed):
+        capsys.readouterr()
+        await service.http.get(RUNS, headers=each)
+        [line] = [line for line in capsys.readouterr().err.splitlines() if "request" in line]
+        assert f"key_id={key_id}" in line
 
 
 async def test_many_requests_at_once_note_the_use_without_waiting_for_each_other(service: Service, db: AsyncEngine):

@@ -319,8 +319,8 @@ async def test_the_simulator_can_be_run_alone():
             1,
             "takes no connection",
         ),
-        (["serve"], {"DATABASE_URL": "mysql://p:secret@h/x"}, 1, "DATABASE_URL: Value error, must start with postgres"),
-        (["serve"], {"REDIS_URL": "127.0.0.1:6379"}, 1, "REDIS_URL: Value error, must start with redis://"),
+        (["serve"], {"DATABASE_URL": "mysql://p:secret@h/x"}, 1, "DATABASE_URL: must start with postgres"),
+        (["serve"], {"REDIS_URL": "127.0.0.1:6379"}, 1, "REDIS_URL: must start with redis://"),
     ],
 )
 def test_what_goes_wrong_is_said(

@@ -146,13 +146,34 @@ def test_production_names_everything_at_once_what_is_malformed_too():
     assert said["app_secret"] == "must have 32 characters or more"
 
 
-@pytest.mark.parametrize("origins", ["*", "app.example.com", "https://app.example.com/path", "https://a.example?x"])
+@pytest.mark.parametrize(
+    "origins",
+    [
+        "*",
+        "app.example.com",
+        "https://a.example/path",
+        "https://a.example?x",
+        "https://a.example?",
+        "https://a.example#x",
+    ],
+)
 def test_only_origins_are_origins(origins: str):
     assert complaints(cors_origins=origins).keys() == {"cors_origins"}
 
 
-def test_origins_are_compared_as_browsers_write_them():
-    assert Settings(cors_origins="https://App.example.com/").cors_origins == ("https://app.example.com",)
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("https://App.example.com/", "https://app.example.com"),
+        ("https://app.example.com:443", "https://app.example.com"),
+        ("http://app.example.com:80", "http://app.example.com"),
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("https://bücher.example", "https://xn--bcher-kva.example"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
+    ],
+)
+def test_origins_are_compared_as_browsers_write_them(given: str, written: str):
+    assert Settings(cors_origins=given).cors_origins == (written,)
 
 
 @pytest.mark.parametrize("proxies", ["10.0.0.1/8", "proxy.internal", "*"])

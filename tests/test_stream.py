@@ -409,6 +409,33 @@ async def test_streams_say_goodbye_when_the_service_stops(
         await http.aclose()
 
 
+async def test_whoever_is_sent_away_in_the_middle_of_a_replay_resumes_there(
+    service: Service, db: AsyncEngine, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Also of a run that is over: its stream has not come to the end."""
+    run_id = await insert_run(db, context_id)
+    for number in range(9):
+        await service.callback(run_id, "log", number)
+    await service.callback(run_id, "completed", {})
+    monkeypatch.setattr(streams, "_PAGE", 4)
+    scope = Scope(EVERYTHING, run_id=run_id)
+    async with service.hub.following(scope) as follower:
+        chunks = []
+        async for chunk in streams.follow(db, service.hub, follower, 0):
+            chunks.append(chunk)
+            if len(chunks) == 2:  # the greeting, and a page
+                follower.dismiss()
+    said = b"".join(chunks).decode()
+    assert said.count('data: {"id"') == 4
+    assert "event: renew" in said
+    assert "event: end" not in said
+    last = said[: said.index("event: renew")].rstrip().rsplit("id: ", 1)[1]
+    async with service.stream(last, run_id=run_id) as stream:
+        rest = [event async for event in stream]
+    assert [event["data"] for event in rest[:-1]] == [4, 5, 6, 7, 8, {}]
+    assert rest[-1] == "end"
+
+
 async def test_a_browser_that_does_not_read_is_sent_away():
     follower = Follower(Scope(EVERYTHING), 0)
     event = Event(

@@ -122,6 +122,12 @@ def test_nonsense_is_no_token(text: str):
         Signer(SECRET).read(text)
 
 
+def test_clocks_of_replicas_may_differ():
+    claims = jwt.decode(Signer(SECRET).sign(token()), options={"verify_signature": False})
+    early = claims | {"iat": claims["iat"] + 30}
+    assert Signer(SECRET).read(jwt.encode(early, KEY, "HS256")).contexts == {"order_1"}
+
+
 def test_a_secret_says_nothing_about_what_it_signs_with():
     forged = jwt.encode({"iss": "switchboard"}, SECRET.get_secret_value(), "HS256")
     with pytest.raises(TokenInvalid):
@@ -315,6 +321,16 @@ async def test_the_cookie_is_for_https_alone_where_there_is_https(guarded: Servi
     guarded.http.cookies.clear()
 
 
+async def test_the_cookie_is_for_https_alone_in_production(database_url: str, servers: Servers, db: AsyncEngine):
+    settings = settings_for(
+        database_url, servers.redis_url, None, environment="production", app_url="https://calls.example.com"
+    )
+    _, headers = await new_key(db)
+    async with running_service(settings) as service:
+        answer = await service.http.post(SESSION, headers=bearer(await get_token(service, headers, "*")))
+    assert "secure" in answer.headers["set-cookie"].lower()
+
+
 async def with_cookie(guarded: Service, db: AsyncEngine, headers: dict[str, str], method: str = "GET") -> int:
     _, key = await new_key(db)
     signed = await get_token(guarded, key, "*", scopes=["read", "trigger"])
@@ -331,6 +347,9 @@ HERE = [
     {"Origin": "http://switchboard.test:81", "Host": "switchboard.test:81"},
 ]
 ELSEWHERE = [
+    {"Origin": "http://[x]"},
+    {"Origin": "http://[::1"},
+    {"Origin": ""},
     {"Origin": "http://127.0.0.1:9"},  # the same site, so that cookies are sent
     {"Origin": "null"},
     {"Sec-Fetch-Site": "same-site"},
@@ -369,6 +388,56 @@ async def test_no_page_of_another_origin_places_calls_where_no_credentials_are_n
     answer = await service.http.post(TRIGGER, json={"context_id": "x"}, headers=headers)
     assert answer.status_code == 403
     assert len(upstream.simulator.calls) == before
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "a.b", "[x", "x]:1.2"])
+async def test_no_page_passes_for_this_origin_by_leading_its_own_name_here(
+    service: Service, guarded: Service, db: AsyncEngine, host: str
+):
+    for headers in ({"Host": host}, {"Host": host, "Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}):
+        assert (await service.http.get(RUNS, headers=headers)).status_code == 403
+        assert (await service.http.post(TRIGGER, json={"context_id": "x"}, headers=headers)).status_code == 403
+    # With credentials of their own, names do not matter.
+    _, key = await new_key(db)
+    assert (await guarded.http.get(RUNS, headers=key | {"Host": host})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost:8000", "app.localhost", "switchboard", "10.1.2.3:80", "[::1]:8000", "[fe80::1]"]
+)
+async def test_names_that_nobody_else_can_have_need_no_credentials_in_development(service: Service, host: str):
+    assert (await service.http.get(RUNS, headers={"Host": host})).status_code == 200
+
+
+async def test_the_services_own_name_needs_none_either(database_url: str, servers: Servers, upstream: Upstream):
+    settings = settings_for(
+        database_url,
+        servers.redis_url,
+        upstream.url,
+        app_url="https://calls.example.com",
+        cors_origins="https://a.example",
+    )
+    async with running_service(settings) as service:
+        for host, status in (("calls.example.com", 200), ("a.example", 200), ("b.example", 403)):
+            assert (await service.http.get(RUNS, headers={"Host": host})).status_code == status
+        # Behind a proxy that asks under another name.
+        headers = {"Host": "internal:8000", "Origin": "https://calls.example.com"}
+        assert (await service.http.post(TRIGGER, json={"context_id": "x"}, headers=headers)).status_code == 200
+
+
+async def test_of_two_credentials_of_a_kind_one_counts_and_nothing_is_mixed(
+    guarded: Service, db: AsyncEngine, context_id: str
+):
+    run_ids = [await insert_run(db, context) for context in (context_id, f"{context_id}-2")]
+    _, headers = await new_key(db)
+    tokens = [await get_token(guarded, headers, [context]) for context in (context_id, f"{context_id}-2")]
+    for more in (
+        {"headers": [("Authorization", f"Bearer {each}") for each in tokens]},
+        {"params": [("access_token", each) for each in tokens]},
+        {"headers": [("Cookie", f"{COOKIE}={each}") for each in tokens]},
+    ):
+        answer = await guarded.http.get(RUNS, **more)  # type: ignore[arg-type]
+        assert [run["runId"] for run in answer.json()] in ([run_ids[0]], [run_ids[1]])
 
 
 async def test_origins_that_are_trusted_may_do_what_this_one_may(

@@ -26,6 +26,7 @@ def upgrade() -> None:
             "scopes <@ ARRAY['app', 'public', 'admin']::varchar[] AND cardinality(scopes) > 0",
             name=op.f("api_keys_scopes_known"),
         ),
+        sa.CheckConstraint("monthly_limit > 0", name=op.f("api_keys_monthly_limit_positive")),
         sa.PrimaryKeyConstraint("id", name=op.f("api_keys_pkey")),
     )
     op.create_table(

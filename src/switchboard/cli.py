@@ -37,6 +37,8 @@ app.add_typer(secrets.app, name="secrets")
 _Hidden = Annotated[bool, typer.Option(hidden=True)]
 
 
+_LOOPBACK = (local.LOOPBACK, "localhost", "::1")
+
 _SAID_IN_A_LINE = (
     EmbeddedUnavailable,
     PostgresAway,
@@ -115,6 +117,8 @@ def serve(
         simulator = stack.enter_context(local.upstream(settings))
         if migrate:
             _migrate()
+        if settings.anonymous_allowed and host not in _LOOPBACK:
+            typer.echo("ALLOW_ANONYMOUS: whoever reaches this address can place calls and read everything", err=True)
         if simulator:
             typer.echo(f"HAPPYROBOT_WEBHOOK_URL is not set: calls go to the simulator on {simulator}", err=True)
         typer.echo(f"Switchboard {__version__} listens on {address}")

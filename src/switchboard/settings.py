@@ -201,10 +201,7 @@ class Settings(BaseSettings):
     @field_validator("cors_origins")
     @classmethod
     def _require_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        origins = tuple(http_address(each).rstrip("/").lower() for each in value)
-        if any(urlsplit(origin).path or urlsplit(origin).query for origin in origins):
-            raise ValueError("must be origins such as https://app.example.com")
-        return origins
+        return tuple(map(_origin, value))
 
     @field_validator("trusted_proxies")
     @classmethod
@@ -247,6 +244,20 @@ class Settings(BaseSettings):
     def callback_url(self) -> str:
         """Where HappyRobot is told to send its callbacks."""
         return f"{self.app_url or f'http://127.0.0.1:{self.port}'}/api/webhooks/happyrobot"
+
+
+def _origin(value: str) -> str:
+    """An origin as browsers write it. Raises ValueError for anything else."""
+    parts = urlsplit(http_address(value))
+    if value.strip().rstrip("/").lower() != f"{parts.scheme}://{parts.netloc}".lower():
+        raise ValueError("must be origins such as https://app.example.com")
+    try:
+        host = (parts.hostname or "").encode("idna").decode()
+    except UnicodeError:
+        raise ValueError("must be origins such as https://app.example.com") from None
+    default = {"http": 80, "https": 443}[parts.scheme]
+    port = "" if parts.port in (None, default) else f":{parts.port}"
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}"
 
 
 def _complaint(name: str, message: str) -> InitErrorDetails:

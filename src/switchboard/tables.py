@@ -235,6 +235,7 @@ api_keys = Table(
         f"scopes <@ ARRAY[{', '.join(repr(str(scope)) for scope in KeyScope)}]::varchar[] AND cardinality(scopes) > 0",
         name="scopes_known",
     ),
+    CheckConstraint("monthly_limit > 0", name="monthly_limit_positive"),
 )
 
 # What a request must bring to be taken for one of an API key: the SHA-256 of its 64 characters. A key that is rotated

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
 from typing import Annotated
-from urllib.parse import urlsplit
 
 import structlog
 from fastapi import Depends, Request
 from fastapi.security import APIKeyCookie, APIKeyQuery, HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from switchboard.access import keys
+from switchboard.access import keys, origins
 from switchboard.access.keys import ApiKey
 from switchboard.access.limits import CurrentFailures, address_of
 from switchboard.access.tokens import BrowserToken, Right, Signer, TokenExpired, TokenInvalid
@@ -55,16 +54,14 @@ class Caller:
     expires_at: datetime | None = None
     """When that ends."""
 
-    @property
-    def owner(self) -> str:
+    def owner(self, context_id: str) -> str:
         """Within whose requests an `Idempotency-Key` stands for one of them.
 
-        Browsers are kept apart by what they may see: none can use up another's keys, or those of the backend.
+        Browsers that may not see all are kept apart by context: none can use up the keys of another, or of the backend.
         """
         name = "" if self.key is None else str(self.key.id)
         if self.token is not None and self.token.contexts is not None:
-            contexts = "\0".join(sorted(self.token.contexts))
-            name += f":{blake2b(contexts.encode(), digest_size=16).hexdigest()}"
+            name += f":{blake2b(context_id.encode(), digest_size=16).hexdigest()}"
         return name
 
 
@@ -94,8 +91,6 @@ async def _caller(
     except _Wrong as error:
         await failures.count(address_of(request))
         raise Unauthorized("Unauthorized") from error
-    if caller.key is not None:
-        structlog.contextvars.bind_contextvars(key_id=str(caller.key.id))
     return caller
 
 
@@ -132,8 +127,10 @@ async def _known(
         caller = ANYBODY
     else:
         raise Unauthorized("Unauthorized")
-    if not _from_here(request, settings):
+    if not origins.is_from_here(request, settings):
         raise Forbidden("Requests from this origin need credentials of their own")
+    if caller is ANYBODY and not origins.is_ours(request, settings):
+        raise Forbidden("Requests for this host name need credentials; APP_URL and CORS_ORIGINS name those that do not")
     return caller
 
 
@@ -142,13 +139,17 @@ async def _with_key(db: AsyncEngine, text: str) -> Caller:
         key = await keys.find(conn, text)
     if key is None:
         raise _Wrong
+    _name_in_the_log(key)
     if not key.active:
         raise Forbidden("API key is inactive")
     if key.expired:
         raise Forbidden("API key has expired")
     await _note_use(db, key)
-    rights = _ALL_RIGHTS if key.scopes & {KeyScope.APP, KeyScope.ADMIN} else frozenset[Right]()
-    return Caller(Sight(workflows=key.workflows), rights, key, expires_at=key.expires_at)
+    return Caller(Sight(workflows=key.workflows), _rights(key), key, expires_at=key.expires_at)
+
+
+def _rights(key: ApiKey) -> frozenset[Right]:
+    return _ALL_RIGHTS if key.scopes & {KeyScope.APP, KeyScope.ADMIN} else frozenset()
 
 
 async def _with_token(db: AsyncEngine, settings: Settings, signer: Signer | None, text: str) -> Caller:
@@ -166,29 +167,24 @@ async def _with_token(db: AsyncEngine, settings: Settings, signer: Signer | None
         return Caller(Sight(token.contexts), token.rights, None, token, token.expires_at)
     async with db.connect() as conn:
         key = await keys.get(conn, token.key_id)
+    if key is not None:
+        _name_in_the_log(key)
     if key is None or not key.good:
         raise Unauthorized("Token is no longer good")
     await _note_use(db, key)
-    return Caller(Sight(token.contexts, key.workflows), token.rights, key, token, token.expires_at)
+    rights = token.rights & _rights(key)
+    return Caller(Sight(token.contexts, key.workflows), rights, key, token, token.expires_at)
+
+
+def _name_in_the_log(key: ApiKey) -> None:
+    # Also for those who are refused: they are who is looked for after a leak.
+    structlog.contextvars.bind_contextvars(key_id=str(key.id))
 
 
 async def _note_use(db: AsyncEngine, key: ApiKey) -> None:
     if not keys.use_is_noted(key):
         async with db.begin() as conn:
             await keys.note_use(conn, key)
-
-
-def _from_here(request: Request, settings: Settings) -> bool:
-    """Whether this comes from a page of this origin or of one that `CORS_ORIGINS` trusts, or from no browser."""
-    origin = request.headers.get("origin")
-    if origin is not None and origin.lower() in settings.cors_origins:
-        return True
-    site = request.headers.get("sec-fetch-site")
-    if site is not None:
-        # Somebody who follows a link from elsewhere, or types an address, reads the answer themselves.
-        followed = request.method == "GET" and request.headers.get("sec-fetch-mode") == "navigate"
-        return site in ("same-origin", "none") or followed
-    return origin is None or urlsplit(origin).netloc.lower() == request.headers.get("host", "").lower()
 
 
 Known = Annotated[Caller, Depends(_caller)]

@@ -36,6 +36,8 @@ class ApiKey:
     monthly_limit: int | None
     last_used_at: datetime | None
     created_at: datetime
+    digest: bytes | None = None
+    """Of the key that was brought, where one was."""
 
     @property
     def expired(self) -> bool:
@@ -59,12 +61,12 @@ async def find(conn: AsyncConnection, key: str) -> ApiKey | None:
     """The key of this text, in whatever state it is."""
     # Found by its digest, so that how long it takes tells nothing about the keys that there are.
     query = (
-        select(api_keys, api_key_digests.c.expires_at.label("grace"))
+        select(api_keys, api_key_digests.c.digest, api_key_digests.c.expires_at.label("grace"))
         .join(api_key_digests, api_key_digests.c.key_id == api_keys.c.id)
         .where(api_key_digests.c.digest == _digest(key))
     )
     row = (await conn.execute(query)).one_or_none()
-    return None if row is None else _api_key(row, row.grace)
+    return None if row is None else _api_key(row, grace=row.grace, digest=row.digest)
 
 
 async def get(conn: AsyncConnection, key_id: UUID) -> ApiKey | None:
@@ -74,7 +76,9 @@ async def get(conn: AsyncConnection, key_id: UUID) -> ApiKey | None:
 
 
 async def named(conn: AsyncConnection, text: str) -> Sequence[ApiKey]:
-    """The keys of this id, or of this name."""
+    """The keys of this id or of this name, or the one that this is."""
+    if is_one(text) and (found := await find(conn, text)) is not None:
+        return [found]
     try:
         query = _KEYS.where(api_keys.c.id == UUID(text))
     except ValueError:
@@ -123,9 +127,16 @@ async def revoke(conn: AsyncConnection, key_id: UUID) -> None:
     await conn.execute(update(api_keys).where(api_keys.c.id == key_id).values(active=False, updated_at=func.now()))
 
 
-async def rotate(conn: AsyncConnection, key_id: UUID, grace: timedelta) -> SecretStr:
-    """Another key in place of those that there are, which go on working for a while."""
+async def rotate(conn: AsyncConnection, key_id: UUID, grace: timedelta) -> tuple[SecretStr, datetime]:
+    """Another key in place of those that there are; they go on working for a while, until the time that is returned."""
     end = func.now() + grace
+    # First, because it lets only one rotation at a time go on from here: each replaces what the one before has made.
+    changed = await conn.execute(
+        update(api_keys)
+        .where(api_keys.c.id == key_id)
+        .values(updated_at=func.now())
+        .returning(func.least(end, api_keys.c.expires_at))
+    )
     await conn.execute(
         update(api_key_digests)
         .where(
@@ -135,8 +146,7 @@ async def rotate(conn: AsyncConnection, key_id: UUID, grace: timedelta) -> Secre
         )
         .values(expires_at=end)
     )
-    await conn.execute(update(api_keys).where(api_keys.c.id == key_id).values(updated_at=func.now()))
-    return await _another(conn, key_id)
+    return await _another(conn, key_id), changed.scalar_one()
 
 
 async def note_use(conn: AsyncConnection, key: ApiKey) -> None:
@@ -151,14 +161,19 @@ def use_is_noted(key: ApiKey) -> bool:
     return key.last_used_at is not None and key.last_used_at > datetime.now(UTC) - _USED
 
 
-async def no_good(conn: AsyncConnection, key_ids: Collection[UUID]) -> set[UUID]:
-    """Which of these keys open nothing any more."""
-    query = select(api_keys.c.id).where(
-        api_keys.c.id == any_(literal(list(key_ids), ARRAY(Uuid))),
-        api_keys.c.active,
-        or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > func.now()),
+async def good(conn: AsyncConnection, key_ids: Collection[UUID]) -> set[UUID | bytes]:
+    """Which of these keys still open something: their ids, and the digests by which they do."""
+    query = (
+        select(api_keys.c.id, api_key_digests.c.digest)
+        .join(api_key_digests, api_key_digests.c.key_id == api_keys.c.id)
+        .where(
+            api_keys.c.id == any_(literal(list(key_ids), ARRAY(Uuid))),
+            api_keys.c.active,
+            or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > func.now()),
+            or_(api_key_digests.c.expires_at.is_(None), api_key_digests.c.expires_at > func.now()),
+        )
     )
-    return set(key_ids) - set(await conn.scalars(query))
+    return {name for row in await conn.execute(query) for name in row}
 
 
 def this_month() -> Any:
@@ -177,7 +192,7 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-def _api_key(row: Row[Any], grace: datetime | None = None) -> ApiKey:
+def _api_key(row: Row[Any], *, grace: datetime | None = None, digest: bytes | None = None) -> ApiKey:
     ends = [end for end in (row.expires_at, grace) if end is not None]
     return ApiKey(
         id=row.id,
@@ -189,4 +204,5 @@ def _api_key(row: Row[Any], grace: datetime | None = None) -> ApiKey:
         monthly_limit=row.monthly_limit,
         last_used_at=row.last_used_at,
         created_at=row.created_at,
+        digest=digest,
     )

@@ -20,7 +20,7 @@ def address_of(connection: HTTPConnection) -> str:
         address = ip_address(host)
     except ValueError:
         return host  # a socket in the file system
-    if not isinstance(address, IPv6Address):
+    if not isinstance(address, IPv6Address) or address.is_loopback:
         return host
     if address.ipv4_mapped is not None:
         return str(address.ipv4_mapped)

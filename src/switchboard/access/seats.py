@@ -4,10 +4,11 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from ipaddress import ip_address
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Self
 from uuid import UUID
 
 import structlog
@@ -18,6 +19,7 @@ from starlette.requests import HTTPConnection
 
 from switchboard.access import keys
 from switchboard.access.callers import Caller
+from switchboard.access.keys import ApiKey
 from switchboard.errors import TooMany
 from switchboard.settings import Settings
 from switchboard.tasks import end
@@ -31,14 +33,14 @@ _ROOM_AGAIN = 10.0
 """Seconds after which somebody for whom there was no room may try again."""
 
 
-_Name = TypeVar("_Name")
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Seat:
-    key_id: UUID | None
-    address: str
+    key: ApiKey | None
     leave: Callable[[], None]
+
+    def is_good(self, good: AbstractSet[UUID | bytes]) -> bool:
+        """Whether its key is among those, and still that which was brought for it."""
+        return self.key is None or (self.key.id if self.key.digest is None else self.key.digest) in good
 
 
 class Seats:
@@ -49,12 +51,12 @@ class Seats:
         self._per_key = settings.streams_per_key
         self._per_address = settings.streams_per_address
         self._taken: set[_Seat] = set()
-        self._of_key: Counter[UUID | None] = Counter()
-        self._at_address: Counter[str] = Counter()
+        self._counts: Counter[UUID | str] = Counter()
+        """By key and by address."""
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:
-        """Sees to it, until the block ends, that nobody keeps a seat whose key was revoked."""
+        """Sees to it, until the block ends, that nobody keeps a seat whose key was revoked or replaced."""
         looking = asyncio.create_task(self._look())
         try:
             yield self
@@ -67,47 +69,53 @@ class Seats:
 
         Raises TooMany where there is none.
         """
-        if caller.key is not None and self._of_key[caller.key.id] >= self._per_key:
-            raise TooMany("Too many open streams of this API key", retry_after=_ROOM_AGAIN)
-        if not _is_here(address) and self._at_address[address] >= self._per_address:
-            raise TooMany("Too many open streams to this address", retry_after=_ROOM_AGAIN)
-        seat = _Seat(None if caller.key is None else caller.key.id, address, leave)
-        self._taken.add(seat)
-        self._of_key[seat.key_id] += 1
-        self._at_address[address] += 1
-        timer = None
-        if caller.expires_at is not None:
-            left = (caller.expires_at - datetime.now(UTC)).total_seconds()
-            timer = asyncio.get_running_loop().call_later(max(left, 0), leave)
-        try:
+        counted: list[UUID | str] = []
+        if caller.key is not None:
+            if self._counts[caller.key.id] >= self._per_key:
+                raise TooMany("Too many open streams of this API key", retry_after=_ROOM_AGAIN)
+            counted.append(caller.key.id)
+        if not _is_here(address):
+            if self._counts[address] >= self._per_address:
+                raise TooMany("Too many open streams to this address", retry_after=_ROOM_AGAIN)
+            counted.append(address)
+        with contextlib.ExitStack() as stack:
+            seat = _Seat(caller.key, leave)
+            self._taken.add(seat)
+            stack.callback(self._taken.discard, seat)
+            for name in counted:
+                self._counts[name] += 1
+                stack.callback(self._count_down, name)
+            if caller.expires_at is not None:
+                left = (caller.expires_at - datetime.now(UTC)).total_seconds()
+                stack.callback(asyncio.get_running_loop().call_later(max(left, 0), leave).cancel)
             yield
-        finally:
-            if timer is not None:
-                timer.cancel()
-            self._taken.discard(seat)
-            _count_down(self._of_key, seat.key_id)
-            _count_down(self._at_address, address)
+
+    def _count_down(self, name: UUID | str) -> None:
+        self._counts[name] -= 1
+        if not self._counts[name]:
+            del self._counts[name]
 
     async def _look(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_EVERY)
-            if not (held := {seat.key_id for seat in self._taken if seat.key_id is not None}):
-                continue
             try:
-                async with self._db.connect() as conn:
-                    revoked = await keys.no_good(conn, held)
+                await self._send_away()
             except (SQLAlchemyError, OSError) as error:
-                # Whoever has a seat keeps it meanwhile: nothing can be read from PostgreSQL anyway.
-                log.warning("open streams are not checked: PostgreSQL is away", error=type(error).__name__)
-                continue
-            for seat in [seat for seat in self._taken if seat.key_id in revoked]:
+                # Whoever has a seat keeps it meanwhile.
+                log.warning("open streams are not checked: PostgreSQL is away", error=error)
+            except Exception:
+                # Nobody waits for this task, and without it nobody would be sent away any more.
+                log.exception("open streams are not checked")
+
+    async def _send_away(self) -> None:
+        seats = list(self._taken)
+        if not (held := {seat.key.id for seat in seats if seat.key is not None}):
+            return
+        async with self._db.connect() as conn:
+            good = await keys.good(conn, held)
+        for seat in seats:
+            if seat in self._taken and not seat.is_good(good):
                 seat.leave()
-
-
-def _count_down(counter: Counter[_Name], name: _Name) -> None:
-    counter[name] -= 1
-    if not counter[name]:
-        del counter[name]
 
 
 def _is_here(address: str) -> bool:

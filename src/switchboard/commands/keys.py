@@ -2,8 +2,9 @@
 
 import json
 import re
+import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 import typer
@@ -32,7 +33,12 @@ _LONGEST_NAME = 255
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _LONGEST = timedelta(days=36_500)
 
-_Key = Annotated[str, typer.Argument(metavar="ID", help="The key's id, or its name if no other has it.")]
+_Key = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID", help="The key's id, its name if no other has it, or - to read the key itself from stdin."
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -83,7 +89,7 @@ def create(
             conn, name, scope, workflows=workflow or None, lifetime=lifetime, monthly_limit=monthly_limit
         )
 
-    made, secret = in_database(work)
+    made, secret = in_database(work, sealing=False)
     _hand_over(made, secret, as_json)
 
 
@@ -100,7 +106,7 @@ def show(as_json: _Json = False) -> None:
     async def work(conn: AsyncConnection, _: Settings) -> list[dict[str, Any]]:
         return [_shown(key) | {"used_this_month": used} for key, used in await keys.listed(conn)]
 
-    found = in_database(work)
+    found = in_database(work, sealing=False)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -131,7 +137,7 @@ def revoke(key: _Key, as_json: _Json = False) -> None:
         await keys.revoke(conn, found.id)
         return await keys.get(conn, found.id)
 
-    revoked = in_database(work)
+    revoked = in_database(work, sealing=False)
     assert revoked is not None  # noqa: S101  # it was found in the same transaction
     typer.echo(json.dumps(_shown(revoked), indent=2) if as_json else f"The key {revoked.name} opens nothing any more.")
 
@@ -147,23 +153,31 @@ def rotate(
     """Make another key in place of one, with all that it may. Both work until the grace is over."""
     period = _duration("--grace", grace, least=timedelta(0))
 
-    async def work(conn: AsyncConnection, _: Settings) -> tuple[ApiKey, SecretStr]:
+    async def work(conn: AsyncConnection, _: Settings) -> tuple[ApiKey, SecretStr, datetime]:
         found = await _only(conn, key)
-        if not found.active:
-            refuse(f"the key {found.name} is revoked; `switchboard keys create` makes a new one")
-        return found, await keys.rotate(conn, found.id, period)
+        if not found.good:
+            refuse(f"the key {found.name} is {_state(found)}; `switchboard keys create` makes a new one")
+        return found, *await keys.rotate(conn, found.id, period)
 
-    rotated, secret = in_database(work)
-    _hand_over(rotated, secret, as_json, previous_until=datetime.now(UTC) + period)
+    rotated, secret, until = in_database(work, sealing=False)
+    _hand_over(rotated, secret, as_json, previous_until=until)
 
 
 async def _only(conn: AsyncConnection, text: str) -> ApiKey:
+    if text == "-":
+        text = sys.stdin.readline().strip()
     found = await keys.named(conn, text)
     if not found:
-        refuse(f"there is no key {text}; `switchboard keys list` shows them")
+        # A key itself is not repeated.
+        refuse(f"there is no {'such key' if keys.is_one(text) else f'key {text}'}; `switchboard keys list` shows them")
     if len(found) > 1:
-        refuse(f"{len(found)} keys are named {text}; say which by its id")
+        which = ", ".join(f"{key.id} ({_state(key)})" for key in found)
+        refuse(f"{len(found)} keys are named {text}; say which by its id: {which}")
     return found[0]
+
+
+def _state(key: ApiKey) -> str:
+    return "revoked" if not key.active else "expired" if key.expired else "active"
 
 
 def _hand_over(key: ApiKey, secret: SecretStr, as_json: bool, *, previous_until: datetime | None = None) -> None:
@@ -185,7 +199,7 @@ def _shown(key: ApiKey) -> dict[str, Any]:
         "name": key.name,
         "scopes": sorted(key.scopes),
         "workflows": None if key.workflows is None else sorted(key.workflows),
-        "state": "revoked" if not key.active else "expired" if key.expired else "active",
+        "state": _state(key),
         "active": key.active,
         "expires_at": None if key.expires_at is None else iso(key.expires_at),
         "monthly_limit": key.monthly_limit,

@@ -186,7 +186,7 @@ class EventStream(EventSourceResponse):
 async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | None) -> AsyncIterator[bytes]:
     """What a reader is sent: a replay of what came after `after`, if it is given, then what the follower gets."""
     yield b": connected\nretry: %d\n\n" % random.randint(*_RETRY)  # noqa: S311  # spreads load, guards nothing
-    run_id, sent = follower.scope.run_id, follower.joined_after
+    run_id, sent, cut = follower.scope.run_id, follower.joined_after, False
     try:
         # Asked after joining: if the run ends from here on, its last event comes through the follower.
         status = await _status(db, follower.scope) if run_id is not None else None
@@ -197,10 +197,9 @@ async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | Non
             async for page in _replay(db, follower.scope, after, None if over else follower.joined_after):
                 sent = page[-1].event.id
                 yield b"".join(frame.sse for frame in page)
-                if follower.dismissed:
-                    break
-        # Who was sent away in the middle of a replay resumes there, and must not be sent what came later.
-        while not over and not follower.dismissed and (unread := await follower.read()):
+                if cut := follower.dismissed:
+                    break  # it resumes there, and must not be sent what came later
+        while not (over or cut) and (unread := await follower.read()):
             page = [frame for frame in unread if frame.event.id > sent]
             if page:
                 sent = page[-1].event.id
@@ -211,7 +210,7 @@ async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | Non
         # The browser reconnects and resumes; by then PostgreSQL may be back.
         log.warning("stream ended; PostgreSQL is away", error=error)
         return
-    if over:
+    if over and not cut:
         end = to_json({"run_id": run_id, "status": status})
         yield b"id: %d.end\nevent: end\ndata: %b\n\n" % (sent, end)
     elif follower.dismissed:

@@ -101,16 +101,16 @@ async def start(
     workflow_id = request.workflow_id or DEFAULT_WORKFLOW
     if not caller.sight.covers(request.context_id, workflow_id):
         raise Forbidden("Not allowed for this context or workflow")
-    execution_id = uuid4()
+    execution_id, owner = uuid4(), caller.owner(request.context_id)
     async with db.begin() as conn:
-        if idempotency_key is not None and (known := await _known(conn, caller, idempotency_key, body)) is not None:
+        if idempotency_key is not None and (known := await _known(conn, owner, idempotency_key, body)) is not None:
             return await _told_again(conn, known)
         workflow = await _workflow(conn, settings, workflow_id)
         new = await _write_down(conn, settings, execution_id, caller, workflow_id, request, body, idempotency_key)
         if not new:
             # Somebody with the same key was quicker, by less than a commit.
             assert idempotency_key is not None  # noqa: S101  # nothing else is unique
-            known = await _known(conn, caller, idempotency_key, body)
+            known = await _known(conn, owner, idempotency_key, body)
             assert known is not None  # noqa: S101  # the insert has waited for it
             return await _told_again(conn, known)
         if caller.key is not None:
@@ -167,7 +167,7 @@ async def _write_down(
             description=request.description,
             input=body,
             idempotency_key=idempotency_key,
-            owner=caller.owner,
+            owner=caller.owner(request.context_id),
             key_id=None if caller.key is None else caller.key.id,
             answer_by=func.now() + limit,
         )
@@ -176,14 +176,14 @@ async def _write_down(
     return stored.rowcount == 1
 
 
-async def _known(conn: AsyncConnection, caller: Caller, idempotency_key: str, body: dict[str, Any]) -> Row[Any] | None:
+async def _known(conn: AsyncConnection, owner: str, idempotency_key: str, body: dict[str, Any]) -> Row[Any] | None:
     """The execution that this key stands for, whose call is not being placed any more."""
     query = select(
         executions.c.id,
         executions.c.status,
         executions.c.error,
         (executions.c.input == literal(body, JSONB)).label("same"),
-    ).where(executions.c.owner == caller.owner, executions.c.idempotency_key == idempotency_key)
+    ).where(executions.c.owner == owner, executions.c.idempotency_key == idempotency_key)
     known: Row[Any] | None = (await conn.execute(query)).one_or_none()
     if known is None:
         return None
