@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import os
+import re
 import shutil
 import signal
 import sys
@@ -417,6 +418,8 @@ def switchboard(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
             error = beside_the_event_loop.submit(cli.main).exception()
         assert isinstance(error, SystemExit)
         out, err = capsys.readouterr()
+        # The log is that of services in this process, which have nothing to do with the command.
+        err = re.sub(r'^(\d{4}-\d\d-\d\dT\d\d|{"timestamp").*\n', "", err, flags=re.MULTILINE)
         # As the interpreter ends.
         return Said(1, out, f"{err}{error.code}\n") if isinstance(error.code, str) else Said(error.code or 0, out, err)
 
