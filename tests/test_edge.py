@@ -4,11 +4,13 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
 from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.responses import StreamingResponse
 from structlog.contextvars import get_contextvars
 from structlog.testing import capture_logs
@@ -16,6 +18,7 @@ from structlog.testing import capture_logs
 from switchboard import edge, errors
 from switchboard.settings import Settings
 from tests.conftest import Servers, Service, running_service, serving, settings_for
+from tests.test_tokens import new_key
 
 LISTED = "https://app.example"
 PRODUCTION: dict[str, Any] = {"environment": "production", "app_url": "https://calls.example"}
@@ -183,6 +186,23 @@ async def test_an_answer_that_breaks_off_ends_its_connection():
 # The log.
 
 
+async def test_a_request_that_waits_behind_another_is_not_taken_for_its(
+    database_url: str, servers: Servers, db: AsyncEngine, capsys: pytest.CaptureFixture[str]
+):
+    key_id, key = await new_key(db)
+    async with running_service(settings_for(database_url, servers.redis_url, None, log_level="info")) as service:
+        reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(service.url).port)
+        first = "GET /docs/nothing HTTP/1.1\r\nHost: x\r\n\r\nGET /api/happyrobot/runs?limit=1 HTTP/1.1\r\nHost: x\r\n"
+        second = "GET /docs/init.js HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        writer.write(f"{first}Authorization: {key['Authorization']}\r\n\r\n{second}".encode())
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "status" in line]
+    assert [str(key_id) in line for line in lines if "/api/happyrobot/runs" in line] == [True]
+    assert [str(key_id) in line for line in lines if "/docs/{name}" in line] == [False, False]
+
+
 @pytest.mark.parametrize(
     ("path", "route", "status"),
     [
@@ -330,6 +350,8 @@ async def test_without_an_origin_caches_still_learn_that_it_matters():
         ("10.0.0.1", [","], "10.0.0.1"),
         ("10.0.0.1", ["198.51.100.1, <script>"], "10.0.0.1"),
         ("10.0.0.1", ["x" * 10_000], "10.0.0.1"),
+        ("10.0.0.1", ["127.0.0.1"], "10.0.0.1"),  # nobody comes from this machine by way of another
+        ("10.0.0.1", ["::1"], "10.0.0.1"),
     ],
 )
 async def test_the_client_is_the_one_whom_the_last_trusted_proxy_saw(peer: str, forwarded: list[str], expected: str):

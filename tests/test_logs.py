@@ -30,6 +30,7 @@ from redis.exceptions import ResponseError
 from sqlalchemy.exc import IntegrityError
 
 from switchboard import local, logs
+from switchboard import migrate as migrations
 from switchboard.errors import NotFound, PostgresAway
 from switchboard.logs.redaction import REDACTED, redactor
 from switchboard.logs.traces import told, trace
@@ -232,6 +233,43 @@ def test_no_phone_number_gets_through_however_it_is_written():
         digits = "".join(draw.choices("0123456789", k=draw.randint(7, 15)))
         number = "+" + "".join(digit + draw.choice(["", "", " ", "-", "."]) for digit in digits[:-1]) + digits[-1]
         assert clean(f"({number})") == f"({REDACTED})", number
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        "1-555-010-9999",
+        "1.555.010.9999",
+        "(555) 010-9999",
+        "+1/555/010/9999",
+        "0176 12345678",
+        "(0176) 12345678",
+        "+49 (0)176 / 12345678",
+        "+1\u00a0555\u00a0010\u00a09999",
+        "+1\u2011555\u2011010\u20119999",
+        5550109999,
+    ],
+)
+def test_nor_does_one_that_is_written_as_people_do(number: str | int):
+    assert redactor()({"to": number}) == {"to": REDACTED}
+    assert redactor()(f"call {number} now") == f"call {REDACTED} now"
+
+
+@pytest.mark.parametrize("number", [200, 4711, 1795626266, 1795626266123, True])
+def test_numbers_that_are_none_stay(number: int):
+    assert redactor()({"n": number}) == {"n": number}
+
+
+@pytest.mark.parametrize("unit", ["eyJ", "://", "+1", "a:b@", "0 ", "Bearer "])
+def test_what_is_very_long_is_cut_before_it_is_searched(unit: str):
+    assert len(redactor()(unit * 1_000_000)) < 40_000
+
+
+@pytest.mark.parametrize(
+    "name", ["webhook_secret", "clientSecret", "switchboard-token", "customer_phone", "apiKey", "transcript"]
+)
+def test_secrets_are_known_by_the_ends_of_their_names(name: str):
+    assert redactor()({name: "Lovelace"}) == {name: REDACTED}
 
 
 def test_secret_settings_are_taken_out_wherever_they_turn_up(configured: Lines):
@@ -440,8 +478,14 @@ def test_a_warning_is_named_and_not_repeated(configured: Lines):
     assert re.search(r"test_logs\.py:\d+: UserWarning$", only(lines)["event"])
 
 
-def test_a_command_that_fails_unexpectedly_repeats_no_setting(switchboard: Callable[..., Said]):
-    done = switchboard("migrate", DATABASE_URL="postgresql://me:Lovelace:/x@h/x", REDIS_URL="redis://x")
+def test_a_command_that_fails_unexpectedly_repeats_no_setting(
+    switchboard: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+):
+    def fail(url: str) -> None:
+        raise ValueError(url)
+
+    monkeypatch.setattr(migrations, "migrate", fail)
+    done = switchboard("migrate", DATABASE_URL="postgresql://me:Lovelace@h/x", REDIS_URL="redis://x")
     assert done.code == 1
     assert done.err.startswith("switchboard: ValueError\n")
     assert "Lovelace" not in done.out + done.err

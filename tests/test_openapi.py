@@ -35,6 +35,7 @@ CHECKS = [
 HEADERS = {"X-API-KEY": HOOK_KEY}
 STREAM = "/api/events"
 SESSION = "/api/happyrobot/session"
+TOKENS = "/api/happyrobot/tokens"
 KNOWN = "a-run-that-is-over"
 UNDER_WAY = "the-run-that-is-under-way"  # stands for the id that the simulator gives it
 
@@ -162,4 +163,5 @@ def test_every_endpoint_says_with_which_credentials_it_is_asked():
                 continue
             assert {"bearer": []} in ways
             assert ({"access_token": []} in ways) == (method == "get")
+            assert ({"cookie": []} in ways) == (path not in (TOKENS, SESSION))
             assert [{}, *ways] == DOCUMENT["paths"][path][method]["security"], "where none are needed"

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import logging
+import socket
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import StreamingResponse
+from structlog.testing import capture_logs
 
 from switchboard import bodies, edge, errors
 from switchboard.protocol import BoundedProtocol
@@ -20,11 +23,15 @@ from tests.conftest import HOOK_KEY, Servers, Service, running_service, serving,
 HEAD, BODY = 2_000, 3_000
 QUICK = 0.25
 URL = "/api/webhooks/happyrobot"
+LARGE = 32_000_000
+"""More than the buffers between two sockets hold."""
 GET = b"GET /quick HTTP/1.1\r\nHost: h\r\n\r\n"
+WAITS = b"GET /waits HTTP/1.1\r\nHost: h\r\n\r\n"
+CHUNKED = b"POST /body HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 def application(settings: Settings) -> FastAPI:
-    """What a client can meet: an answer at once, one in parts, one that waits, a body that is read, one that is not."""
+    """What a client can meet: an answer at once, in parts, or late; a body that is read, with a limit or not."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
@@ -35,9 +42,9 @@ def application(settings: Settings) -> FastAPI:
     edge.install(app, settings)
 
     @app.get("/quick")
-    async def quick(request: Request) -> dict[str, Any]:
+    async def quick(request: Request, size: int = 0) -> dict[str, Any]:
         request.state.seen.append(request.headers.raw)
-        return {"headers": len(request.headers.raw), "last": request.headers.get("last")}
+        return {"headers": len(request.headers.raw), "last": request.headers.get("last"), "filling": "x" * size}
 
     @app.get("/parts")
     async def parts(request: Request) -> StreamingResponse:
@@ -61,6 +68,11 @@ def application(settings: Settings) -> FastAPI:
     @app.post("/unread")
     async def unread() -> str:
         return "not read"
+
+    @app.post("/sink")
+    async def sink(request: Request) -> None:
+        async for _ in request.stream():
+            pass
 
     return app
 
@@ -179,6 +191,15 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
+def from_uvicorn(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
+    """What uvicorn has logged."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.partition(".")[0] == "uvicorn" and record.levelno >= level
+    ]
+
+
 def endless(start: bytes, part: bytes) -> Iterable[bytes]:
     yield start
     for _ in range(20_000):
@@ -209,7 +230,6 @@ async def test_a_head_without_an_end_is_refused(patient: Server, start: bytes, p
         assert (status, body) == (431, {"error": "The request's line and headers are too large"})
         assert headers["connection"] == "close"
         assert headers["content-type"] == "application/json"
-        assert headers["x-content-type-options"] == "nosniff"
         assert await client.ended() == b""
         pouring.cancel()
     await until(lambda: not patient.connections)
@@ -253,9 +273,8 @@ async def test_behind_another_request_a_head_has_the_same_limit(patient: Server)
     ],
 )
 async def test_what_surrounds_a_body_has_the_same_limit(patient: Server, start: bytes, part: bytes):
-    head = b"POST /body HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
     async with patient.client() as client:
-        pouring = asyncio.create_task(client.pour(endless(head + start, part)))
+        pouring = asyncio.create_task(client.pour(endless(CHUNKED + start, part)))
         assert (await client.answer())[0] == 431
         assert await client.ended() == b""
         pouring.cancel()
@@ -264,17 +283,13 @@ async def test_what_surrounds_a_body_has_the_same_limit(patient: Server, start: 
 
 async def test_chunks_of_one_byte_are_no_reason_to_refuse(patient: Server):
     async with patient.client() as client:
-        await client.send(b"POST /body HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n")
-        await client.send(b"1\r\nx\r\n" * 1_000 + b"0\r\n\r\n")
+        await client.send(CHUNKED, b"1\r\nx\r\n" * 1_000 + b"0\r\n\r\n")
         assert (await client.answer())[2]["size"] == 1_000
 
 
 async def test_trailers_are_no_headers(patient: Server):
     async with patient.client() as client:
-        await client.send(
-            b"POST /body HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
-            b"X-Forwarded-For: 192.0.2.1\r\n\r\n"
-        )
+        await client.send(CHUNKED + b"1\r\nx\r\n0\r\nX-Forwarded-For: 192.0.2.1\r\n\r\n")
         assert (await client.answer())[2] == {"size": 1, "sneaked": None}
 
 
@@ -293,11 +308,34 @@ async def test_a_body_that_is_too_large_is_refused_and_not_listened_to_for_long(
     await until(lambda: not patient.connections)
 
 
+async def test_a_body_that_nobody_reads_ends_the_answer_that_has_begun(patient: Server):
+    async with patient.client() as client:
+        head = b"GET /parts HTTP/1.1\r\nHost: h\r\nContent-Length: 100000000\r\n\r\n"
+        await client.pour(endless(head, b"x" * 1_000))
+        assert b"last;" not in await client.ended()
+    await until(lambda: not patient.connections)
+
+
+async def test_a_body_that_is_read_without_a_limit_has_one_all_the_same(patient: Server):
+    async with patient.client() as client:
+        head = b"POST /sink HTTP/1.1\r\nHost: h\r\nContent-Length: 100000000\r\n\r\n"
+        pouring = asyncio.create_task(client.pour(endless(head, b"x" * 1_000)))
+        status, _, body = await client.answer()
+        assert (status, body) == (413, {"error": "The body is too large"})
+        assert await client.ended() == b""
+        pouring.cancel()
+
+
 async def test_what_is_left_of_a_body_may_come_and_the_connection_goes_on(patient: Server):
     async with patient.client() as client:
         await client.send(b"POST /unread HTTP/1.1\r\nHost: h\r\nContent-Length: 2000\r\n\r\n" + b"x" * 500)
         assert (await client.answer())[2] == "not read"
-        await client.send(b"x" * 1_500 + GET)
+        [connection] = patient.connections
+        assert connection._clock is not None
+        await client.send(b"x" * 1_500)
+        # From then on it is as idle as any other.
+        await until(lambda: connection._clock is None and connection.timeout_keep_alive_task is not None)
+        await client.send(GET)
         assert (await client.answer())[0] == 200
         await client.send(GET)
         assert (await client.answer())[0] == 200
@@ -314,6 +352,24 @@ async def test_a_body_that_nobody_asked_for_is_not_waited_for(patient: Server):
     async with patient.client() as client:
         await client.send(b"POST /body HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: 4000\r\n\r\n")
         assert (await client.answer())[0] == 413
+        assert await client.ended() == b""
+
+
+async def test_the_rest_of_a_body_that_was_asked_for_may_come(patient: Server):
+    async with patient.client() as client:
+        await client.send(CHUNKED[:-2] + b"Expect: 100-continue\r\n\r\n")
+        assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await client.send(b"fa0\r\n" + b"x" * 4_000 + b"\r\n")
+        assert (await client.answer())[0] == 413
+        await client.send(b"0\r\n\r\n" + GET)
+        assert (await client.answer())[0] == 200
+
+
+async def test_what_is_wrong_behind_an_answer_is_not_answered_again(patient: Server):
+    async with patient.client() as client:
+        await client.send(CHUNKED.replace(b"/body", b"/unread"))
+        assert (await client.answer())[2] == "not read"
+        await client.send(b"zz\r\n")
         assert await client.ended() == b""
 
 
@@ -348,12 +404,24 @@ async def test_a_body_that_drips_is_given_up(hasty: Server):
 # Time.
 
 
-async def test_a_silent_connection_is_closed_without_a_word(hasty: Server):
+@pytest.mark.parametrize("nothing", [b"", b"\r\n"])
+async def test_a_silent_connection_is_closed_without_a_word(hasty: Server, nothing: bytes):
     async with hasty.client() as client:
+        await client.send(nothing)
         assert await client.ended() == b""
 
 
-@pytest.mark.parametrize("part", [b"G", b"\r\n", b"GET / HTTP/1.1\r\n", GET[:-2]])
+async def test_a_line_too_many_behind_a_request_is_ignored(hasty: Server):
+    async with hasty.client() as client:
+        await client.send(GET)
+        assert (await client.answer())[0] == 200
+        await client.send(b"\r\n")
+        await asyncio.sleep(QUICK * 1.5)
+        await client.send(GET)
+        assert (await client.answer())[0] == 200
+
+
+@pytest.mark.parametrize("part", [b"G", b"GET / HTTP/1.1\r\n", GET[:-2]])
 async def test_half_a_head_is_answered_408(hasty: Server, part: bytes):
     async with hasty.client() as client:
         await client.send(part)
@@ -385,14 +453,68 @@ async def test_the_second_request_of_a_connection_has_its_own_time(hasty: Server
         assert await client.ended() == b""
 
 
+async def test_a_connection_is_idle_until_a_request_begins(patient: Server):
+    async with patient.client() as client:
+        await client.send(GET)
+        assert (await client.answer())[0] == 200
+        [connection] = patient.connections
+        await until(lambda: connection.timeout_keep_alive_task is not None)
+        await client.send(GET[:5])
+        await until(lambda: connection._clock is not None)
+        assert connection.timeout_keep_alive_task is None
+
+
 async def test_an_answer_may_take_as_long_as_it_likes(hasty: Server):
     async with hasty.client() as client:
-        await client.send(b"GET /waits HTTP/1.1\r\nHost: h\r\n\r\n" + GET[:20])
+        await client.send(WAITS + GET[:20])
         await asyncio.sleep(QUICK * 2.5)
         hasty.state["go_on"].set()
         assert (await client.answer())[2] == "waited"
         await client.send(GET[20:])
         assert (await client.answer())[0] == 200
+
+
+@contextlib.asynccontextmanager
+async def not_reading(server: Server, asked: bytes) -> AsyncIterator[tuple[Any, socket.socket]]:
+    """A client that has asked for something and leaves it where it is, next to the server's side of the connection."""
+    with socket.socket() as client:
+        client.setblocking(False)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, ("127.0.0.1", int(server.url.rpartition(":")[2])))
+        await until(lambda: len(server.connections) == 1)
+        [connection] = server.connections
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
+        await loop.sock_sendall(client, asked)
+        yield connection, client
+
+
+@pytest.mark.parametrize("size", [60_000, LARGE])
+@pytest.mark.parametrize("more", [b"", b"Connection: close\r\n"])
+async def test_an_answer_that_is_not_read_is_given_up(hasty: Server, size: int, more: bytes):
+    asked = b"GET /quick?size=%d HTTP/1.1\r\nHost: h\r\n%b\r\n" % (size, more)
+    async with not_reading(hasty, asked):
+        await until(lambda: not hasty.connections)
+        assert not hasty.server.server_state.tasks
+
+
+async def test_an_answer_may_be_read_slowly(patient: Server):
+    asked = b"GET /quick?size=%d HTTP/1.1\r\nHost: h\r\n\r\n" % LARGE
+    async with not_reading(patient, asked) as (connection, client):
+        await until(lambda: connection._watch is not None)
+        left, loop = connection.transport.get_write_buffer_size, asyncio.get_running_loop()
+        for _ in range(3):
+            unread = left()
+            while left() == unread:
+                await loop.sock_recv(client, 1_000)
+            # As when its time is over.
+            connection._stop_watch()
+            connection._has_it_read(unread)
+            assert connection._watch is not None
+            assert not connection.transport.is_closing()
+        while left():
+            await loop.sock_recv(client, 1_000_000)
+        assert connection._watch is None
 
 
 # What is no request.
@@ -422,7 +544,27 @@ async def test_what_cannot_be_parsed_is_answered_in_our_shape(
         assert headers["content-type"] == "application/json"
         assert await client.ended() == b""
     await until(lambda: not patient.connections)
-    assert "uvicorn" not in {record.name.partition(".")[0] for record in caplog.records}
+    assert from_uvicorn(caplog) == []
+
+
+@pytest.mark.parametrize("environment", ["development", "production"])
+async def test_a_refusal_looks_like_every_other_answer_and_leaves_a_line(environment: str):
+    settings = Settings().model_copy(update={"environment": environment})
+    async with serving(lambda _: application(settings), http=BoundedProtocol) as (url, _), connected(url) as client:
+        await client.send(b"GET /quick HTTP/1.1\r\nX-Request-ID: theirs\r\n\r\n")
+        ours = (await client.answer())[1]
+        with capture_logs() as lines:
+            await client.send(b"secret\r\n\r\n")
+            status, headers, _ = await client.answer()
+    assert status == 400
+    usual = {name.lower(): value.lower() for name, value in edge.usual_headers(settings).items()}
+    assert headers.items() >= usual.items()
+    assert ours.items() >= usual.items()
+    assert headers.keys() == ours.keys() | {"cache-control", "connection"}
+    assert headers["cache-control"] == "no-store"
+    request_id = headers["x-request-id"]
+    assert len(request_id) == 32
+    assert lines == [{"event": "refused", "log_level": "info", "status": 400, "request_id": request_id}]
 
 
 async def test_nothing_is_written_into_an_answer_that_has_begun(patient: Server):
@@ -442,11 +584,29 @@ async def test_nothing_is_written_into_an_answer_that_has_begun(patient: Server)
 
 async def test_a_refusal_is_not_taken_for_the_answer_to_the_request_before(patient: Server):
     async with patient.client() as client:
-        await client.send(b"GET /waits HTTP/1.1\r\nHost: h\r\n\r\n" + GET + b"\x00\x00\r\n\r\n")
-        await until(lambda: all(connection._deaf for connection in patient.connections))
+        await client.send(WAITS + GET + b"\x00\x00\r\n\r\n")
+        await until(lambda: [connection._deaf for connection in patient.connections] == [True])
         patient.state["go_on"].set()
         assert [(await client.answer())[0] for _ in range(3)] == [200, 200, 400]
         assert await client.ended() == b""
+
+
+@pytest.mark.parametrize("before", [[WAITS], [WAITS, GET]])
+async def test_a_body_that_breaks_off_takes_no_other_answer_with_it(patient: Server, before: list[bytes]):
+    async with patient.client() as client:
+        await client.send(*before, CHUNKED + b"zz\r\n")
+        await until(lambda: [connection._deaf for connection in patient.connections] == [True])
+        patient.state["go_on"].set()
+        assert [(await client.answer())[0] for _ in [*before, CHUNKED]] == [200 for _ in before] + [400]
+        assert await client.ended() == b""
+
+
+async def test_a_stream_hears_that_its_client_has_left_a_request_behind_it(patient: Server):
+    async with patient.client() as client:
+        await client.send(b"GET /parts HTTP/1.1\r\nHost: h\r\n\r\n" + GET)
+        await client.reader.readuntil(b"first;\r\n")
+    await until(lambda: not patient.server.server_state.tasks)
+    assert patient.state["seen"] == []
 
 
 async def test_a_body_that_breaks_off_ends_the_answer_that_has_begun(patient: Server):
@@ -461,13 +621,72 @@ async def test_a_body_that_breaks_off_ends_the_answer_that_has_begun(patient: Se
 async def test_nothing_else_is_spoken_here(patient: Server, upgrade: bytes, caplog: pytest.LogCaptureFixture):
     asked = GET[:-2] + b"Connection: Upgrade\r\nUpgrade: " + upgrade + b"\r\n\r\n"
     async with patient.client() as client:
-        # What follows could be the body of a request of which the parser says that it has none.
+        # What follows would be the other protocol.
         await client.send(asked + GET)
         await client.send(GET)
         assert (await client.answer())[0] == 200
         assert await client.ended() == b""
     assert len(patient.state["seen"]) == 1
-    assert caplog.records == [] or {record.name for record in caplog.records} == {"switchboard.edge"}
+    assert from_uvicorn(caplog) == []
+
+
+@pytest.mark.parametrize("piece", [1, 10_000])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"Content-Length: 4\r\n\r\nbody",
+        b"Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\nX-Forwarded-For: 192.0.2.1\r\n\r\n",
+    ],
+)
+async def test_a_body_may_come_with_the_wish_to_speak_something_else(patient: Server, body: bytes, piece: int):
+    """As Java's client and curl send it, who would rather speak HTTP/2."""
+    head = b"POST /body HTTP/1.1\r\nHost: h\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+    asked = head + b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n" + body
+    async with patient.client() as client:
+        await client.send(GET)
+        assert (await client.answer())[0] == 200
+        await client.send(*(asked[start : start + piece] for start in range(0, len(asked), piece)))
+        status, headers, answer = await client.answer()
+        assert (status, answer) == (200, {"size": 4, "sneaked": None})
+        assert headers["connection"] == "close"
+        assert await client.ended() == b""
+
+
+async def test_many_wishes_to_speak_something_else_are_one(patient: Server):
+    wish = b"Connection: Upgrade\r\nUpgrade: x\r\n\r\n"
+    async with patient.client() as client:
+        await client.send(WAITS[:-2] + wish + (GET[:-2] + wish) * 10)
+        await until(lambda: [connection._deaf for connection in patient.connections] == [True])
+        assert not any(connection.pipeline for connection in patient.connections)
+        patient.state["go_on"].set()
+        assert (await client.answer())[2] == "waited"
+        assert await client.ended() == b""
+
+
+@pytest.mark.parametrize("asked", [b"GET http://h:99999/ HTTP/1.1\r\n", b"CONNECT h:443 HTTP/1.1\r\n"])
+@pytest.mark.parametrize("more", [b"", b"Connection: Upgrade\r\nUpgrade: h2c\r\n"])
+async def test_an_address_that_cannot_be_here_is_refused(patient: Server, asked: bytes, more: bytes):
+    async with patient.client() as client:
+        await client.send(asked + more + b"\r\n")
+        assert (await client.answer())[0] == 400
+        assert await client.ended() == b""
+
+
+# The end.
+
+
+@pytest.mark.parametrize("begun", [[], [WAITS], [WAITS, GET]])
+async def test_half_a_body_does_not_hold_up_the_end(begun: list[bytes], caplog: pytest.LogCaptureFixture):
+    async with listening() as server, server.client() as client:
+        await client.send(*begun, CHUNKED + b"1\r\nx\r\n")
+        await until(lambda: [connection._body_size for connection in server.connections] == [1])
+        await until(lambda: len(server.server.server_state.tasks) == 1)
+        server.server.should_exit = True
+        await until(lambda: not server.server.servers[0].is_serving())
+        server.state["go_on"].set()
+        assert [(await client.answer())[0] for _ in begun] == [200 for _ in begun]
+        assert await client.ended() == b""
+    assert from_uvicorn(caplog) == []
 
 
 # What has to go on working.

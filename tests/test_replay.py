@@ -168,7 +168,7 @@ async def own_db(servers: Servers, template: str) -> AsyncIterator[AsyncEngine]:
         await engine.dispose()
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(step, min_size=15, max_size=40))
 async def test_every_reader_sees_every_event_once_and_in_order(own_db: AsyncEngine, steps: list[tuple[Any, ...]]):
     async with World.new(own_db) as world:

@@ -147,6 +147,20 @@ def test_production_names_everything_at_once_what_is_malformed_too():
 
 
 @pytest.mark.parametrize(
+    "malformed",
+    [{"happyrobot_x_api_key": "a b"}, {"reconcile_after": "soon"}, {"database_url": "postgresql://u:p:/x@h/d"}],
+)
+def test_what_is_malformed_is_complained_about_once(malformed: dict[str, Any]):
+    values = PRODUCTION | {"stale_after": 16} | malformed
+    assert complaints(**values).keys() == malformed.keys()
+
+
+def test_a_password_that_breaks_its_address_is_not_repeated():
+    said = complaints(database_url="postgresql://me:very/se:cret@host/db")["database_url"]
+    assert said == "cannot be read; what is odd in a password must be written as %XX"
+
+
+@pytest.mark.parametrize(
     "origins",
     [
         "*",

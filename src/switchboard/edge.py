@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from structlog.contextvars import bound_contextvars
+from structlog.contextvars import bound_contextvars, clear_contextvars
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from switchboard.settings import Settings
@@ -55,6 +55,11 @@ _ASKED_ALL_THE_TIME = frozenset({"/healthz"})
 """Routes whose requests are no news."""
 
 
+def usual_headers(settings: Settings) -> dict[str, str]:
+    """What every answer carries, unless it says otherwise itself."""
+    return _USUAL | (_HTTPS_ONLY if settings.environment == "production" else {})
+
+
 def install(app: FastAPI, settings: Settings) -> None:
     """Puts the edge around an application."""
     # Each goes around those before it.
@@ -67,7 +72,7 @@ def install(app: FastAPI, settings: Settings) -> None:
             allow_headers=_ACCEPTED,
             expose_headers=_EXPOSED,
         )
-    app.add_middleware(Edge, https_only=settings.environment == "production")
+    app.add_middleware(Edge, headers=usual_headers(settings))
     app.add_middleware(Forwarded, proxies=settings.trusted_proxies)
 
 
@@ -87,9 +92,16 @@ class Forwarded:
         await self._believing(scope, receive, send)  # type: ignore[arg-type]
 
     async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Uvicorn takes whatever stands in the header for an address; what is none would count as one more caller.
-        scope["client"] = _plain(scope["client"]) or scope["peer"]
+        # Uvicorn takes whatever stands in the header for an address; what is none would count as one more caller. And
+        # whoever asks from this machine does not come by way of another.
+        client, peer = _plain(scope["client"]), scope["peer"]
+        scope["client"] = client if client and (_is_here(peer) or not _is_here(client)) else peer
         await self._app(scope, receive, send)
+
+
+def _is_here(client: tuple[str, int] | None) -> bool:
+    plain = _plain(client)
+    return plain is not None and ip_address(plain[0]).is_loopback
 
 
 def _plain(client: tuple[str, int] | None) -> tuple[str, int] | None:
@@ -105,9 +117,9 @@ def _plain(client: tuple[str, int] | None) -> tuple[str, int] | None:
 class Edge:
     """Gives a request its id, every answer its headers, and the log a line about it."""
 
-    def __init__(self, app: ASGIApp, *, https_only: bool) -> None:
+    def __init__(self, app: ASGIApp, *, headers: dict[str, str]) -> None:
         self._app = app
-        self._headers = _USUAL | (_HTTPS_ONLY if https_only else {})
+        self._headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -124,6 +136,8 @@ class Edge:
                 self._complete(MutableHeaders(scope=message), scope["path"], request_id)
             await send(message)
 
+        # A request that waited behind another one begins in its context.
+        clear_contextvars()
         with bound_contextvars(request_id=request_id):
             try:
                 await self._app(scope, receive, answer)

@@ -1,25 +1,39 @@
-"""HTTP as `serve` speaks it: uvicorn's, with bounds on what a connection may send before there is a request to answer.
+"""HTTP as `serve` speaks it: uvicorn's, with bounds on what a connection may send, and on how long it may take.
 
-Uvicorn leaves these to a proxy: a connection may stay silent for ever, and a header may grow for as long as there is
-memory. What is refused here has not become a request, so nothing behind it, the log included, hears of it.
+Uvicorn leaves these to a proxy: a connection may stay silent for ever, a header may grow for as long as there is
+memory, and an answer may wait for ever to be read. What is refused here has not become a request, so that its headers
+and its line in the log are given here, too.
 """
 
 import asyncio
-import json
 from http import HTTPStatus
 from typing import Any
+from uuid import uuid4
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import structlog
+from starlette.responses import JSONResponse
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from switchboard import edge
 from switchboard.settings import Settings
+
+log = structlog.stdlib.get_logger(__name__)
 
 _LINGER = 1.0
 """Seconds in which a client that is still sending may read why it was refused, before it sees a reset connection."""
 
+_ON_ITS_WAY = 2**19
+"""Bytes of a body that can arrive at once, before whoever should refuse it has been asked: a little more than is read
+from a socket at a time, and kept until it is wanted."""
 
-class HeadTooLarge(Exception):
-    """The request's line and headers take more bytes than they may."""
+
+class TooLarge(Exception):
+    """A part of a request takes more bytes than it may."""
+
+    def __init__(self, status: HTTPStatus) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -27,92 +41,140 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        settings: Settings = self.app_state["settings"]
-        self._largest_head = settings.max_header_size
-        self._largest_body = settings.max_body_size
-        self._patience = settings.request_timeout
+        self._settings: Settings = self.app_state["settings"]
+        # What has to arrive in time, and what has to be read.
         self._clock: asyncio.TimerHandle | None = None
-        self._in_head = True
+        self._watch: asyncio.TimerHandle | None = None
+        # Whether a message has begun to arrive, and whether it has come to its body.
+        self._begun = self._in_body = False
         # Bytes since the last that were of use: since a head, a part of a body or a message was complete.
         self._pending = 0
-        # Bytes of a body that came after its request had been answered.
-        self._unread = 0
+        self._body_size = 0
         self._deaf = False
+        # Whether a request has asked for another protocol, and is the last that is answered.
+        self._last = False
+        # The request that is being answered, or was last; uvicorn knows only the one that was parsed last.
+        self._running: RequestResponseCycle | None = None
         # What a request was refused with that came while those before it were being answered.
         self._owed: HTTPStatus | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
+        # So that writing is paused whenever something is left unread, however little it is.
+        transport.set_write_buffer_limits(high=0)
         self._start_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
+        self._stop_watch()
+        self._give_up()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """Lets come to its end what has arrived, and does not wait for the rest of what has not."""
+        self._forget_what_is_broken()
+        if self._in_body and self._answering and not self.cycle.response_started:
+            self._give_up()
+            self.transport.close()
+        else:
+            super().shutdown()
+
+    # Reading.
 
     def data_received(self, data: bytes) -> None:
         """Feeds the parser, in pieces that are small enough to notice what grows too large; in place of uvicorn's."""
-        if self._deaf:
-            return
-        self._unset_keepalive_if_required()
-        for start in range(0, len(data), self._largest_head):
-            piece = data[start : start + self._largest_head]
-            self._pending += len(piece)
-            try:
-                self.parser.feed_data(piece)
-            except httptools.HttpParserUpgrade:
-                # Answered as the plain request that it also is. What comes behind it may be another protocol, or the
-                # body that the parser does not see in it, and is no request of ours.
-                self._deaf = True
-                self.cycle.keep_alive = False
-                return
-            except httptools.HttpParserError as error:
-                if isinstance(error.__context__, HeadTooLarge):
-                    self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-                else:
-                    self._refuse(HTTPStatus.BAD_REQUEST)
-                return
+        for start in range(0, len(data), self._settings.max_header_size):
+            if not self._deaf:
+                self._feed(data[start : start + self._settings.max_header_size])
+
+    def _feed(self, piece: bytes) -> None:
+        self._pending += len(piece)
+        rest = None
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade as upgrade:
+            rest = piece[upgrade.args[0] :]
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            self._refuse(cause.status if isinstance(cause, TooLarge) else HTTPStatus.BAD_REQUEST)
+        if rest is not None:
+            self._feed_as_if_it_had_not_asked(rest)
+        elif self._pending > self._settings.max_header_size and not self._deaf:
             # A line without an end, a trailer, the extension of a chunk: the parser would take them for ever.
-            if self._pending > self._largest_head:
-                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-                return
-        if not self._answering and self._clock is None:
-            self._start_clock()
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+
+    def _feed_as_if_it_had_not_asked(self, rest: bytes) -> None:
+        """Makes a plain request of one that would rather speak another protocol: the parser has skipped its body."""
+        method = self.scope["method"]
+        if self._last:
+            self._deaf = True
+            return
+        if method == "CONNECT":
+            self._refuse(HTTPStatus.BAD_REQUEST)
+            return
+        self._last = True
+        head = [f"{method} ".encode(), self.url, f" HTTP/{self.scope['http_version']}\r\n".encode()]
+        for name, value in self.headers:
+            if name != b"upgrade":
+                head += [name, b": ", value, b"\r\n"]
+        self._feed(b"".join(head) + b"\r\n")
+        if not self._deaf:
+            # What comes behind it may be meant as the other protocol.
+            self.cycle.keep_alive = False
+            self._feed(rest)
+
+    def _should_upgrade(self) -> bool:
+        # Upon which uvicorn does nothing about a request that asks for it.
+        return True
 
     # What the parser finds.
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._pending = self._pending or 1  # somewhere in this piece, behind the end of the message before
+        self._begun = True
+        self._unset_keepalive_if_required()
+        if not self._answering and self._clock is None:
+            self._start_clock()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         # Not the trailers: uvicorn would add them to the headers of a request that is being answered, where they
         # could pass for those of a proxy.
-        if self._in_head:
+        if not self._in_body:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         # Counted again, because a head may begin and end in the midst of pieces; each with its colon and line end.
-        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > self._largest_head:
-            raise HeadTooLarge
-        self._in_head = False
-        self._pending = self._unread = 0
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > self._settings.max_header_size:
+            raise TooLarge(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        self._pending = self._body_size = 0
         self._stop_clock()
         super().on_headers_complete()
+        self._in_body = True
 
     def on_body(self, body: bytes) -> None:
         self._pending = 0
+        self._body_size += len(body)
+        # Where it is read, it is bounded more closely. Whoever was refused may send as much again, to read why.
+        if self._body_size > 2 * self._settings.max_body_size + _ON_ITS_WAY:
+            raise TooLarge(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         super().on_body(body)
-        if self.cycle.response_complete:
-            self._unread += len(body)
-            if self._unread > self._largest_body:
-                self.transport.close()
 
     def on_message_complete(self) -> None:
-        self._in_head = True
+        self._begun = self._in_body = False
         self._pending = 0
         super().on_message_complete()
-        if self.cycle.response_complete:
+        if not self._answering:
             self._stop_clock()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    # Answering.
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -120,24 +182,66 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._owed is not None:
             self._refuse(self._owed)
-        elif not self._in_head and self.expect_100_continue:
-            # A body that may never come, as nobody asked for it: the next request would be taken for it.
+        elif self._in_body and self.expect_100_continue and not self._body_size:
+            # A body that may never come: the next request would be taken for it.
             self.transport.close()
-        elif not self._in_head or self._pending:
+        elif self._begun:
             # Half a request, or the rest of a body that nobody reads any more. Closed at once, a client that is
             # sending would see a reset connection in place of its answer; so it may come, within the usual bounds.
             self._unset_keepalive_if_required()
             self._start_clock()
 
-    # Time.
-
     @property
     def _answering(self) -> bool:
-        return not getattr(self.cycle, "response_complete", True)  # there is no cycle before the first request
+        return self._running is not None and not self._running.response_complete
+
+    def _give_up(self) -> None:
+        """Tells whoever is answering that nobody will hear it."""
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+
+    def _forget_what_is_broken(self) -> None:
+        """Drops a request that waits for its turn, and of whose body the rest will not come."""
+        if self._in_body and self.pipeline:
+            self.pipeline.popleft()
+            # There is one before it, or its turn would have come.
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._running  # type: ignore[assignment]
+            self._in_body = False
+            self._deaf = True
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        """Says why, behind the answers that are owed to the requests before, and closes the connection."""
+        self._deaf = True
+        self._stop_clock()
+        if self.transport.is_closing():
+            return
+        self._forget_what_is_broken()
+        if self._in_body and self.cycle.response_started:
+            # Whether it is complete or not, it is the only answer that this request gets.
+            self.transport.close()
+            return
+        if self._in_body:
+            self._give_up()
+        elif self._answering:
+            self._owed = status
+            return
+        request_id = uuid4().hex
+        headers = {edge.REQUEST_ID: request_id, "Cache-Control": "no-store", "Connection": "close"}
+        answer = JSONResponse({"error": _MESSAGES[status]}, status, edge.usual_headers(self._settings) | headers)
+        lines = [b"HTTP/1.1 %d %b" % (status, status.phrase.encode())]
+        lines += [b"%b: %b" % header for header in (*self.server_state.default_headers, *answer.raw_headers)]
+        self.transport.write(b"\r\n".join([*lines, b"", answer.body]))
+        log.info("refused", status=status.value, request_id=request_id)
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._clock = self.loop.call_later(_LINGER, self.transport.close)
+
+    # Time.
 
     def _start_clock(self) -> None:
         self._stop_clock()
-        self._clock = self.loop.call_later(self._patience, self._too_slow)
+        self._clock = self.loop.call_later(self._settings.request_timeout, self._too_slow)
 
     def _stop_clock(self) -> None:
         if self._clock is not None:
@@ -145,48 +249,39 @@ class BoundedProtocol(HttpToolsProtocol):
             self._clock = None
 
     def _too_slow(self) -> None:
-        if self._answering:
-            # The next request waits behind an answer, and reading may have been paused for it: not the client's fault.
-            self._start_clock()
-        elif self._in_head and self._pending:
+        if self._begun and not self._in_body:
             self._refuse(HTTPStatus.REQUEST_TIMEOUT)
         else:
             self.transport.close()
 
-    def _refuse(self, status: HTTPStatus) -> None:
-        """Says why, behind the answers that are owed to the requests before, and closes the connection."""
-        self._deaf = True
-        self._stop_clock()
-        self._unset_keepalive_if_required()
-        if self.transport.is_closing():
-            return
-        if self._answering and self._in_head:
-            self._owed = status
-            return
-        if self._answering:
-            # It is the body of a request that is being answered, and whoever reads it hears that it ends here.
-            if self.pipeline or self.cycle.response_started:
-                self.transport.close()
-                return
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-        body = json.dumps({"error": _MESSAGES[status]}).encode()
-        lines = [
-            f"HTTP/1.1 {status.value} {status.phrase}",
-            "content-type: application/json",
-            f"content-length: {len(body)}",
-            "x-content-type-options: nosniff",
-            "cache-control: no-store",
-            "connection: close",
-        ]
-        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
-        self.transport.write_eof()
-        self.flow.resume_reading()
-        self._clock = self.loop.call_later(_LINGER, self.transport.close)
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._stop_watch()
+        super().resume_writing()
+
+    def _watch_reader(self, unread: int) -> None:
+        self._watch = self.loop.call_later(self._settings.request_timeout, self._has_it_read, unread)
+
+    def _has_it_read(self, unread: int) -> None:
+        """Ends a connection whose client takes nothing any more; one that is slow has all the time that it needs."""
+        left = self.transport.get_write_buffer_size()
+        if left < unread:
+            self._watch_reader(left)
+        else:
+            self.transport.abort()
+
+    def _stop_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
 
 
 _MESSAGES = {
     HTTPStatus.BAD_REQUEST: "Bad request",
     HTTPStatus.REQUEST_TIMEOUT: "The request did not arrive in time",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is too large",
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "The request's line and headers are too large",
 }

@@ -21,25 +21,14 @@ from switchboard.settings import Settings
 
 REDACTED = "[redacted]"
 
-_SECRET_FIELDS = frozenset(
-    {
-        "access_token",
-        "api_key",
-        "authorization",
-        "body",
-        "callback_key",
-        "cookie",
-        "hook_key",
-        "idempotency_key",
-        "password",
-        "payload",
-        "phone",
-        "phone_number",
-        "secret",
-        "token",
-        "x_api_key",
-    }
+_SECRET_FIELDS = re.compile(
+    r"(?:token|secret|password|authorization|cookie|phone|phone_?number|payload|body|transcript|api_?key|_key)$",
+    re.IGNORECASE,
 )
+"""Names of fields whose values nobody has to see, by their ends."""
+
+_LONGEST = 16_384
+"""Characters of a text; what is behind is cut off, before it is searched for long."""
 
 _SHORTEST = 12
 """Characters of a setting that is searched for: a password such as `postgres` is a word, too."""
@@ -49,25 +38,29 @@ _SHORT = 64
 
 _NAMES = "(?:access_|refresh_|id_)?token|(?:x-)?api[_-]?key|password|secret|signature|authorization"
 
+_ALONE = r"(?<![\w.-])(?!1\d{9}(?:\d{3})?(?!\d))\d{10,15}(?!\.?[\w-])"
+
 _PATTERNS: Sequence[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern, re.ASCII | re.IGNORECASE), replacement)
     for pattern, replacement in (
         # user:password@ in an address, up to the last @, for passwords hold anything.
-        (r"(?<=://)(?:[^\s\"'<>]{0,255}:[^\s\"'<>]{0,255}|[^\s\"'<>/]{0,255})@", f"{REDACTED}@"),
+        (r"(?<=://)[^\s\"'<>]{1,255}@", f"{REDACTED}@"),
         (r"\b(bearer|basic) +[\w.~+/=-]{8,}", rf"\1 {REDACTED}"),
         # token=… in a query, X-API-KEY: … in a header, "password": "…" in JSON.
         (rf"\b({_NAMES})([\"']?(?:=|: ?)[\"']?)(?!(?:bearer|basic) )[^\s\"'&#,;}}]+", rf"\1\2{REDACTED}"),
         # JSON Web Tokens, signed and encrypted.
-        (r"eyJ[\w-]{4,}(?:\.[\w-]*){2,4}", REDACTED),
+        (r"(?<![\w-])eyJ[\w-]{4,}(?:\.[\w-]*){2,4}", REDACTED),
         # API keys, secrets, hashes.
         (r"(?<![0-9a-f])[0-9a-f]{64,}(?![0-9a-f])", REDACTED),
-        # Phone numbers. With a plus, or its escape, and in the form (555) 123-4567 they are known for what they are.
-        (r"(?:\+|%2B)(?:[ ().-]{0,2}\d){7,15}(?!\d)", REDACTED),
-        (r"(?<![\w.-])(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}(?![\w-])", REDACTED),
-        # Without one, 10 to 15 digits that stand alone. Not those that are a time in seconds or in milliseconds, until
-        # 2033: they begin with 1, as no number of 10 or 13 digits does. Our own ids are numbers, which nobody
-        # searches, or hold letters; another's id may be taken for a phone number, which harms less than the reverse.
-        (r"(?<![\w.-])(?!1\d{9}(?:\d{3})?(?!\d))\d{10,15}(?!\.?[\w-])", REDACTED),
+        # Phone numbers. With a plus, or its escape; as (555) 123-4567, with or without a 1; as 0176 1234567: these are
+        # known for what they are.
+        (r"(?:\+|%2B)(?:[ ()./\u00a0\u2011-]{0,4}\d){7,15}(?!\d)", REDACTED),
+        (r"(?<![\w.-])(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}(?![\w-])", REDACTED),
+        (r"(?<![\w.:-])(?:\(0\d{2,5}\)|0\d{2,5})[ /-]{1,3}\d[\d -]{4,12}\d(?![\w-])", REDACTED),
+        # Otherwise, 10 to 15 digits that stand alone. Not those that may be a time in seconds or milliseconds, until
+        # 2033, which begin with 1. Our own ids are small numbers, or hold letters; another's id may be taken for one,
+        # which harms less than the reverse.
+        (_ALONE, REDACTED),
     )
 ]
 
@@ -100,15 +93,17 @@ def redactor(secrets: Iterable[str] = ()) -> Callable[[Any], Any]:
 
     def clean(value: Any) -> Any:
         if isinstance(value, str):
-            text = str(value)
+            text = str(value) if len(value) <= _LONGEST else f"{value[:_LONGEST]} [cut]"
             return searched_before(text) if len(text) < _SHORT else searched(text)
         if isinstance(value, Mapping):
             return {
-                str(clean(name)): REDACTED if str(name).lower().replace("-", "_") in _SECRET_FIELDS else clean(each)
+                str(clean(name)): REDACTED if _SECRET_FIELDS.search(str(name).replace("-", "_")) else clean(each)
                 for name, each in value.items()
             }
         if isinstance(value, (list, tuple, set, frozenset)):
             return [clean(each) for each in value]
+        if isinstance(value, int) and re.fullmatch(_ALONE, str(value)):
+            return REDACTED
         printed = plain(value)
         return clean(printed) if isinstance(printed, str) else printed
 
