@@ -1,5 +1,6 @@
 """Browser tokens: what they are, what they open, how long, and how browsers bring them."""
 
+import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
@@ -486,7 +487,8 @@ async def test_a_stream_ends_with_its_token_and_resumes_with_another(
             lines = answer.aiter_lines()
             assert await anext(lines) == ": connected"
             await guarded.callback(run_id, "log", "before")
-            said = [line async for line in lines if line]
+            async with asyncio.timeout(60):  # it would go on for ever
+                said = [line async for line in lines if line]
         break
     named = said.index("event: renew")
     assert json.loads(said[named + 1].removeprefix("data: ")) == {"error": "Access has ended"}
