@@ -346,6 +346,7 @@ HERE = [
     {"Sec-Fetch-Site": "same-origin", "Origin": "https://behind.a.proxy"},
     {"Sec-Fetch-Site": "none"},
     {"Origin": "http://switchboard.test:81", "Host": "switchboard.test:81"},
+    {"Origin": "http://10.1.2.3:3000", "X-Forwarded-Host": "10.1.2.3:3000"},
 ]
 ELSEWHERE = [
     {"Origin": "http://[x]"},
@@ -391,7 +392,9 @@ async def test_no_page_of_another_origin_places_calls_where_no_credentials_are_n
     assert len(upstream.simulator.calls) == before
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "a.b", "[x", "x]:1.2"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "internal.example", "a.b", "[x", "x]:1.2"]
+)
 async def test_no_page_passes_for_this_origin_by_leading_its_own_name_here(
     service: Service, guarded: Service, db: AsyncEngine, host: str
 ):
@@ -404,7 +407,17 @@ async def test_no_page_passes_for_this_origin_by_leading_its_own_name_here(
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost:8000", "app.localhost", "switchboard", "10.1.2.3:80", "[::1]:8000", "[fe80::1]"]
+    "host",
+    [
+        "localhost:8000",
+        "app.localhost",
+        "switchboard",
+        "calls.railway.internal",
+        "x.svc.cluster.local",
+        "10.1.2.3:80",
+        "[::1]:8000",
+        "[fe80::1]",
+    ],
 )
 async def test_names_that_nobody_else_can_have_need_no_credentials_in_development(service: Service, host: str):
     assert (await service.http.get(RUNS, headers={"Host": host})).status_code == 200

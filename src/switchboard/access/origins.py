@@ -8,6 +8,10 @@ from fastapi import Request
 from switchboard.settings import Settings
 
 
+_NOBODYS = (".internal", ".local", ".localhost", ".test")
+"""Ends of names that mean something in a private network alone, and that nobody can register."""
+
+
 def is_from_here(request: Request, settings: Settings) -> bool:
     """Whether this comes from a page of this origin or of one that `CORS_ORIGINS` trusts, or from no browser."""
     origin = request.headers.get("origin")
@@ -21,8 +25,9 @@ def is_from_here(request: Request, settings: Settings) -> bool:
     # What an older browser says, or one that has no encrypted connection.
     if origin is None:
         return True
-    here = {request.headers.get("host", "").lower(), _place(settings.app_url)} - {""}
-    return _place(origin) in here
+    # A proxy may ask under another name, and says under which it was asked. No page can, without asking beforehand.
+    hosts = (request.headers.get(name, "").lower() for name in ("host", "x-forwarded-host"))
+    return _place(origin) in {*hosts, _place(settings.app_url)} - {""}
 
 
 def is_ours(request: Request, settings: Settings) -> bool:
@@ -31,7 +36,7 @@ def is_ours(request: Request, settings: Settings) -> bool:
     if host is None:
         return True  # every browser says it
     name = _name(f"//{host}")
-    if name and ("." not in name or name.endswith(".localhost")):
+    if name and ("." not in name or name.endswith(_NOBODYS)):
         return True
     if name in {_name(address) for address in (settings.app_url, *settings.cors_origins) if address}:
         return True
