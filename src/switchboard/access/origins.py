@@ -7,7 +7,6 @@ from fastapi import Request
 
 from switchboard.settings import Settings
 
-
 _NOBODYS = (".internal", ".local", ".localhost", ".test")
 """Ends of names that mean something in a private network alone, and that nobody can register."""
 
