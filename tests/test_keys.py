@@ -17,11 +17,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from switchboard import database, workflows
 from switchboard.access import keys
 from switchboard.happyrobot.client import Hook
-from switchboard.sealing import Sealer
+from switchboard.sealing import Sealer, reseal
 from switchboard.tables import SEALED, KeyScope, api_key_digests, api_keys, metadata
 from switchboard.tables import workflows as workflow_rows
 from switchboard.workflows import Workflow
-from tests.conftest import APP_SECRET, Said, Service, settings_for
+from tests.conftest import APP_SECRET, Said, Service, settings_for, until
 from tests.test_tokens import RUNS, bearer
 
 Command = Callable[..., Said]
@@ -278,4 +278,33 @@ async def test_nothing_is_sealed_anew_where_something_cannot_be_opened(
     assert done.err.startswith("switchboard: workflows b: a stored secret cannot be opened")
     async with engine.connect() as conn:
         assert (await conn.execute(select(workflow_rows.c.hook_key).order_by(workflow_rows.c.id))).all() == before
+    await engine.dispose()
+
+
+async def test_a_secret_that_is_set_meanwhile_is_not_overwritten_by_the_one_before(own_database: str):
+    settings = settings_for(own_database, "redis://unused", None, app_secret=OLDER)
+    sealer = Sealer(SecretStr(NEWER), SecretStr(OLDER))
+    engine = database.connect(own_database)
+    async with engine.begin() as conn:
+        assert await workflows.add(conn, settings, Workflow("w", Hook("https://h.example/x", SecretStr("before"))))
+
+    async def anew() -> int:
+        async with engine.begin() as conn:
+            return await reseal(conn, sealer)
+
+    async def waits() -> bool:
+        query = text(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        async with engine.connect() as conn:
+            return await conn.scalar(query) == 1
+
+    async with engine.begin() as conn:
+        await conn.execute(update(workflow_rows).values(hook_key=sealer.seal("meanwhile")))
+        sealing = asyncio.create_task(anew())
+        await until(waits)
+    assert await sealing == 1
+    async with engine.connect() as conn:
+        sealed = await conn.scalar(select(workflow_rows.c.hook_key))
+    assert sealer.open(sealed or "").get_secret_value() == "meanwhile"
     await engine.dispose()
