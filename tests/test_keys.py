@@ -219,6 +219,17 @@ async def test_a_leaked_key_is_revoked_by_itself_and_never_repeated(
     assert (done.code, done.err) == (1, "switchboard: there is no such key; `switchboard keys list` shows them\n")
 
 
+async def test_a_key_in_its_grace_stands_for_the_key_that_it_was(
+    switchboard: Command, environment: dict[str, str], name: str
+):
+    made = said(switchboard("keys", "create", "--name", name, "--scope", "app", "--json", **environment))
+    for grace in ("1h", "0s"):
+        done = switchboard("keys", "rotate", name, "--grace", grace, "--json", **environment)
+        assert said(done)["expires_at"] is None
+        again = switchboard("keys", "rotate", "-", "--json", stdin=f"{made['key']}\n", **environment)
+        assert said(again)["expires_at"] is None
+
+
 async def test_at_night_a_key_is_revoked_with_nothing_but_the_database(
     switchboard: Command, database_url: str, command: Command, name: str, tmp_path: Path
 ):

@@ -265,6 +265,13 @@ def test_what_is_very_long_is_cut_before_it_is_searched(unit: str):
     assert len(redactor()(unit * 1_000_000)) < 40_000
 
 
+@pytest.mark.parametrize("before", range(16_320, 16_400, 7))
+def test_nothing_is_left_of_a_secret_in_which_a_text_is_cut(before: int):
+    text = redactor(["a-secret-of-ours-0123"])("x " * (before // 2) + "a-secret-of-ours-0123 " + "0123456789abcdef" * 4)
+    assert "a-secret" not in text
+    assert "0123456789" not in text
+
+
 @pytest.mark.parametrize(
     "name", ["webhook_secret", "clientSecret", "switchboard-token", "customer_phone", "apiKey", "transcript"]
 )

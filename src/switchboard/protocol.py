@@ -6,6 +6,10 @@ and its line in the log are given here, too.
 """
 
 import asyncio
+import contextlib
+import fcntl
+import struct
+import termios
 from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
@@ -256,7 +260,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_reader(self.transport.get_write_buffer_size())
+        self._watch_reader(self._unread())
 
     def resume_writing(self) -> None:
         self._stop_watch()
@@ -267,11 +271,23 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _has_it_read(self, unread: int) -> None:
         """Ends a connection whose client takes nothing any more; one that is slow has all the time that it needs."""
-        left = self.transport.get_write_buffer_size()
+        left = self._unread()
         if left < unread:
             self._watch_reader(left)
         else:
             self.transport.abort()
+
+    def _unread(self) -> int:
+        """Bytes that the client has not taken, those included that the kernel keeps for it.
+
+        It keeps megabytes, and wants no more from us until a good part of them is gone.
+        """
+        kept = self.transport.get_write_buffer_size()
+        with contextlib.suppress(OSError):  # not every system says it
+            socket = self.transport.get_extra_info("socket")
+            (queued,) = struct.unpack("i", fcntl.ioctl(socket.fileno(), termios.TIOCOUTQ, bytes(4)))
+            kept += queued
+        return kept
 
     def _stop_watch(self) -> None:
         if self._watch is not None:

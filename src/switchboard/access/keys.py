@@ -78,7 +78,7 @@ async def get(conn: AsyncConnection, key_id: UUID) -> ApiKey | None:
 async def named(conn: AsyncConnection, text: str) -> Sequence[ApiKey]:
     """The keys of this id or of this name, or the one that this is."""
     if is_one(text) and (found := await find(conn, text)) is not None:
-        return [found]
+        text = str(found.id)
     try:
         query = _KEYS.where(api_keys.c.id == UUID(text))
     except ValueError:

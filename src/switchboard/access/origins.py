@@ -8,7 +8,7 @@ from fastapi import Request
 from switchboard.settings import Settings
 
 _NOBODYS = (".internal", ".local", ".localhost", ".test")
-"""Ends of names that mean something in a private network alone, and that nobody can register."""
+"""Ends of names that mean something in a private network alone, and that nobody can register (but take, in there)."""
 
 
 def is_from_here(request: Request, settings: Settings) -> bool:

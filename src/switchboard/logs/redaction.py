@@ -93,7 +93,10 @@ def redactor(secrets: Iterable[str] = ()) -> Callable[[Any], Any]:
 
     def clean(value: Any) -> Any:
         if isinstance(value, str):
-            text = str(value) if len(value) <= _LONGEST else f"{value[:_LONGEST]} [cut]"
+            text = str(value)
+            if len(text) > _LONGEST:
+                # At a space: half a secret would not be known for one.
+                text = f"{text[:_LONGEST].rpartition(' ')[0]} [cut]"
             return searched_before(text) if len(text) < _SHORT else searched(text)
         if isinstance(value, Mapping):
             return {
