@@ -229,38 +229,25 @@ async def test_what_is_good_is_neither_revoked_nor_over(db: AsyncEngine):
     assert [key is not None and key.digest in good for key in found] == [False, False, False, True]
 
 
-async def test_looking_goes_on_whatever_goes_wrong(
-    database_url: str, servers: Servers, upstream: Upstream, db: AsyncEngine, monkeypatch: pytest.MonkeyPatch
-):
-    really = keys.good
-
-    async def broken(*_: Any) -> set[Any]:
-        monkeypatch.setattr(keys, "good", really)
-        raise RuntimeError
-
-    monkeypatch.setattr(seats, "_LOOK_EVERY", 0.05)
-    monkeypatch.setattr(keys, "good", broken)
-    async with running_service(settings_for(database_url, servers.redis_url, upstream.url)) as service:
-        key_id, headers = await new_key(db)
-        async with open_stream(service, headers) as stream:
-            async with db.begin() as conn:
-                await keys.revoke(conn, key_id)
-            assert "event: renew" in [line async for line in stream.aiter_lines()]
-
-
-async def test_streams_outlive_a_postgresql_that_is_away_while_keys_are_looked_at(
-    database_url: str, servers: Servers, upstream: Upstream, db: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("wrong", [ConnectionError, RuntimeError], ids=["PostgreSQL is away", "nobody knows what"])
+async def test_streams_outlive_what_goes_wrong_while_keys_are_looked_at_and_looking_goes_on(
+    database_url: str,
+    servers: Servers,
+    upstream: Upstream,
+    db: AsyncEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: type[Exception],
 ):
     looked = asyncio.Event()
     really = keys.good
 
-    async def away(*_: Any) -> set[Any]:
+    async def broken(*_: Any) -> set[Any]:
         monkeypatch.setattr(keys, "good", really)
         looked.set()
-        raise ConnectionError
+        raise wrong
 
     monkeypatch.setattr(seats, "_LOOK_EVERY", 0.05)
-    monkeypatch.setattr(keys, "good", away)
+    monkeypatch.setattr(keys, "good", broken)
     async with running_service(settings_for(database_url, servers.redis_url, upstream.url)) as service:
         key_id, headers = await new_key(db)
         async with open_stream(service, headers) as stream:

@@ -7,7 +7,7 @@ of the routes, so that a 404, a 405 or a preflight is no exception.
 
 import re
 import time
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from uuid import uuid4
 
 import structlog
@@ -95,23 +95,30 @@ class Forwarded:
         # Uvicorn takes whatever stands in the header for an address; what is none would count as one more caller. And
         # whoever asks from this machine does not come by way of another.
         client, peer = _plain(scope["client"]), scope["peer"]
-        scope["client"] = client if client and (_is_here(peer) or not _is_here(client)) else peer
+        believed = client and (not is_here(client[0]) or (peer and is_here(peer[0])))
+        scope["client"] = client if believed else peer
         await self._app(scope, receive, send)
 
 
-def _is_here(client: tuple[str, int] | None) -> bool:
-    plain = _plain(client)
-    return plain is not None and ip_address(plain[0]).is_loopback
+def ip(host: str) -> IPv4Address | IPv6Address | None:
+    """The address that this is, of IPv4 also where it is written as one of IPv6; nothing if it is none."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return None
+    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
+
+
+def is_here(host: str) -> bool:
+    """Whether this is an address of this machine alone."""
+    address = ip(host)
+    return address is not None and address.is_loopback
 
 
 def _plain(client: tuple[str, int] | None) -> tuple[str, int] | None:
     """The one way to write an address; nothing if it is none."""
-    try:
-        address = ip_address(client[0] if client else "")
-    except ValueError:
-        return None
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return str(mapped or address), client[1] if client else 0
+    address = ip(client[0]) if client else None
+    return (str(address), client[1]) if client and address else None
 
 
 class Edge:

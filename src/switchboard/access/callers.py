@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
 from typing import Annotated
+from uuid import UUID
 
 import structlog
 from fastapi import Depends, Request
@@ -54,12 +55,16 @@ class Caller:
     expires_at: datetime | None = None
     """When that ends."""
 
+    @property
+    def key_id(self) -> UUID | None:
+        return None if self.key is None else self.key.id
+
     def owner(self, context_id: str) -> str:
         """Within whose requests an `Idempotency-Key` stands for one of them.
 
         Browsers that may not see all are kept apart by context: none can use up the keys of another, or of the backend.
         """
-        name = "" if self.key is None else str(self.key.id)
+        name = str(self.key_id or "")
         if self.token is not None and self.token.contexts is not None:
             name += f":{blake2b(context_id.encode(), digest_size=16).hexdigest()}"
         return name
@@ -87,11 +92,10 @@ async def _caller(
     in_cookie: Annotated[str | None, Depends(_cookie)],
 ) -> Caller:
     try:
-        caller = await _known(request, db, settings, signer, bearer, in_query, in_cookie)
+        return await _known(request, db, settings, signer, bearer, in_query, in_cookie)
     except _Wrong as error:
         await failures.count(address_of(request))
         raise Unauthorized("Unauthorized") from error
-    return caller
 
 
 class _Wrong(Exception):

@@ -1,7 +1,7 @@
 """Limits on those who guess credentials."""
 
 import hashlib
-from ipaddress import IPv6Address, ip_address, ip_network
+from ipaddress import IPv6Address, ip_network
 from typing import Annotated
 
 from fastapi import Depends
@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 from starlette.requests import HTTPConnection
 from throttled.asyncio import RateLimiterType, per_min
 
+from switchboard.edge import ip
 from switchboard.errors import TooMany
 from switchboard.throttling import Throttle
 
@@ -16,15 +17,10 @@ from switchboard.throttling import Throttle
 def address_of(connection: HTTPConnection) -> str:
     """Whose request it is, as far as the network tells; of IPv6 the part that one customer is given."""
     host = connection.client.host if connection.client is not None else ""
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return host  # a socket in the file system
-    if not isinstance(address, IPv6Address) or address.is_loopback:
-        return host
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(ip_network((address, 64), strict=False))
+    address = ip(host)
+    if isinstance(address, IPv6Address) and not address.is_loopback:
+        return str(ip_network((address, 64), strict=False))
+    return str(address or host)  # or a socket in the file system
 
 
 class Failures:

@@ -1,10 +1,10 @@
 """Where a request comes from, for those that any page could make a browser send."""
 
-from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from fastapi import Request
 
+from switchboard.edge import ip
 from switchboard.settings import Settings
 
 _NOBODYS = (".internal", ".local", ".localhost", ".test")
@@ -39,11 +39,7 @@ def is_ours(request: Request, settings: Settings) -> bool:
         return True
     if name in {_name(address) for address in (settings.app_url, *settings.cors_origins) if address}:
         return True
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True
+    return ip(name) is not None
 
 
 def _place(address: str | None) -> str:

@@ -74,7 +74,7 @@ async def make_token(caller: Issuer, signer: CurrentSigner, body: JsonBody) -> T
         contexts=None if wanted.context_ids == "*" else frozenset(wanted.context_ids),
         rights=frozenset(map(Right, wanted.scopes)),
         expires_at=_end(caller, wanted.expires_in),
-        key_id=None if caller.key is None else caller.key.id,
+        key_id=caller.key_id,
     )
     signed = signer.sign(token)
     if len(signed) > _LONGEST:

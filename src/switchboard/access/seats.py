@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from ipaddress import ip_address
 from typing import Annotated, Self
 from uuid import UUID
 
@@ -20,6 +19,7 @@ from starlette.requests import HTTPConnection
 from switchboard.access import keys
 from switchboard.access.callers import Caller
 from switchboard.access.keys import ApiKey
+from switchboard.edge import is_here
 from switchboard.errors import TooMany
 from switchboard.settings import Settings
 from switchboard.tasks import end
@@ -74,7 +74,8 @@ class Seats:
             if self._counts[caller.key.id] >= self._per_key:
                 raise TooMany("Too many open streams of this API key", retry_after=_ROOM_AGAIN)
             counted.append(caller.key.id)
-        if not _is_here(address):
+        # Who is on this machine already has no need to exhaust it from outside.
+        if not is_here(address):
             if self._counts[address] >= self._per_address:
                 raise TooMany("Too many open streams to this address", retry_after=_ROOM_AGAIN)
             counted.append(address)
@@ -116,14 +117,6 @@ class Seats:
         for seat in seats:
             if seat in self._taken and not seat.is_good(good):
                 seat.leave()
-
-
-def _is_here(address: str) -> bool:
-    """Whether it is this machine's own: who is here already has no need to exhaust it from outside."""
-    try:
-        return ip_address(address).is_loopback
-    except ValueError:
-        return False
 
 
 async def _seats(connection: HTTPConnection) -> Seats:

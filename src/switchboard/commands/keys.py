@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from switchboard import workflows
 from switchboard.access import keys
 from switchboard.access.keys import ApiKey
-from switchboard.commands.running import in_database, refuse
+from switchboard.commands.running import Json, in_database, refuse
 from switchboard.events import iso
 from switchboard.settings import Settings
 from switchboard.tables import KeyScope
@@ -39,7 +39,6 @@ _Key = Annotated[
         metavar="ID", help="The key's id, its name if no other has it, or - to read the key itself from stdin."
     ),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _duration(option: str, text: str, *, least: timedelta) -> timedelta:
@@ -74,7 +73,7 @@ def create(
             min=1, max=2**31 - 1, help="Executions a month.", show_default=f"{_PUBLIC_LIMIT} with `public`, else any"
         ),
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Make a key. It is shown this once; only its SHA-256 is kept."""
     if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable() or not name.strip():
@@ -100,7 +99,7 @@ async def _require_workflows(conn: AsyncConnection, wanted: Sequence[str]) -> No
 
 
 @app.command(name="list")
-def show(as_json: _Json = False) -> None:
+def show(as_json: Json = False) -> None:
     """List the keys, newest first, without what nobody has but their owners."""
 
     async def work(conn: AsyncConnection, _: Settings) -> list[dict[str, Any]]:
@@ -129,7 +128,7 @@ def _two_lines(moment: str | None, otherwise: str) -> str:
 
 
 @app.command()
-def revoke(key: _Key, as_json: _Json = False) -> None:
+def revoke(key: _Key, as_json: Json = False) -> None:
     """Make a key open nothing any more, at once, and the browser tokens that it has given neither."""
 
     async def work(conn: AsyncConnection, _: Settings) -> ApiKey | None:
@@ -148,7 +147,7 @@ def rotate(
     grace: Annotated[
         str, typer.Option(help="How long the one that it replaces goes on working; 0s for not at all.")
     ] = "24h",
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Make another key in place of one, with all that it may. Both work until the grace is over."""
     period = _duration("--grace", grace, least=timedelta(0))

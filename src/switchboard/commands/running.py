@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import Awaitable, Callable
-from typing import NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
+import typer
 from pydantic import ValidationError
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -14,6 +15,8 @@ from switchboard import database, local, logs
 from switchboard.settings import Settings
 
 Result = TypeVar("Result")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _NO_SUCH_TABLE = "42P01"
 

@@ -1,13 +1,12 @@
 """`switchboard secrets`: what is stored encrypted."""
 
 import json
-from typing import Annotated
 
 import typer
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard import sealing
-from switchboard.commands.running import in_database
+from switchboard.commands.running import Json, in_database
 from switchboard.sealing import Sealer
 from switchboard.settings import Settings
 
@@ -20,7 +19,7 @@ def _group() -> None:
 
 
 @app.command()
-def rotate(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def rotate(as_json: Json = False) -> None:
     """Encrypt everything anew with APP_SECRET, so that APP_SECRET_PREVIOUS is needed no more."""
 
     async def work(conn: AsyncConnection, settings: Settings) -> int:

@@ -13,7 +13,7 @@ from rich.table import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard import workflows
-from switchboard.commands.running import in_database, refuse
+from switchboard.commands.running import Json, in_database, refuse
 from switchboard.happyrobot.addresses import ENVIRONMENTS, hook_for
 from switchboard.happyrobot.client import Hook
 from switchboard.settings import Settings, http_address
@@ -26,7 +26,6 @@ Environment = StrEnum("Environment", {name: name for name in ENVIRONMENTS})  # t
 _LONGEST = 255
 
 _Id = Annotated[str, typer.Argument(metavar="ID", help="The `workflow_id` of a trigger.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -54,7 +53,7 @@ def add(
             help="Replace the workflow of this id; on the same host it keeps its key unless another is given.",
         ),
     ] = False,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Register a workflow. Its key is stored encrypted."""
     _require_own(workflow_id)
@@ -81,7 +80,7 @@ def add(
 
 
 @app.command(name="list")
-def show(as_json: _Json = False) -> None:
+def show(as_json: Json = False) -> None:
     """List the workflows, first `default`, if HAPPYROBOT_WEBHOOK_URL names its hook."""
 
     async def work(conn: AsyncConnection, settings: Settings) -> list[dict[str, Any]]:
@@ -103,13 +102,13 @@ def show(as_json: _Json = False) -> None:
 
 
 @app.command()
-def disable(workflow_id: _Id, as_json: _Json = False) -> None:
+def disable(workflow_id: _Id, as_json: Json = False) -> None:
     """Refuse to start a workflow; its runs go on."""
     _switch(workflow_id, active=False, as_json=as_json)
 
 
 @app.command()
-def enable(workflow_id: _Id, as_json: _Json = False) -> None:
+def enable(workflow_id: _Id, as_json: Json = False) -> None:
     """Let a workflow be started again."""
     _switch(workflow_id, active=True, as_json=as_json)
 

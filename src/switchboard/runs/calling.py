@@ -166,15 +166,10 @@ async def read_recordings(db: Db, happyrobot: CurrentHappyRobot, caller: Reader,
     | {202: {"model": CancelOut, "description": "The wish is recorded; HappyRobot has not confirmed it yet."}},
 )
 async def cancel(
-    db: Db,
-    caller: Starter,
-    run_id: RunId,
-    response: Response,
-    canceler: Annotated[Canceler, Depends(_canceler)],
+    caller: Starter, run_id: RunId, response: Response, canceler: Annotated[Canceler, Depends(_canceler)]
 ) -> CancelOut:
     """Asks HappyRobot to stop a run. 200 once it has; 202 while it has not, and it is asked again in the background."""
-    await _find(db, caller, run_id)
-    now = await canceler.cancel(run_id)
+    now = await canceler.cancel(run_id, caller.sight)
     if now is not RunStatus.CANCELED:
         response.status_code = 202
     return CancelOut.model_validate({"success": True, "run_id": run_id, "status": now.lower()})

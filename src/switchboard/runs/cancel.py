@@ -14,7 +14,7 @@ from switchboard.happyrobot.payloads import platform_status
 from switchboard.runs.intake import Intake
 from switchboard.runs.queries import find_run, found
 from switchboard.runs.status import Standing
-from switchboard.sight import EVERYTHING
+from switchboard.sight import EVERYTHING, Sight
 from switchboard.tables import FINAL, RunStatus
 
 log = structlog.stdlib.get_logger(__name__)
@@ -34,13 +34,13 @@ class Canceler:
         self._lookups = lookups
         self._intake = intake
 
-    async def cancel(self, run_id: str) -> RunStatus:
+    async def cancel(self, run_id: str, sight: Sight) -> RunStatus:
         """Records the wish and asks HappyRobot; returns where the run stands then.
 
-        A run that is not CANCELED then is asked for again in the background. Raises NotFound, Conflict for a run that
-        is over, UpstreamFailed where HappyRobot refuses.
+        A run that is not CANCELED then is asked for again in the background. Raises NotFound, also for one that is not
+        to be seen, Conflict for a run that is over, UpstreamFailed where HappyRobot refuses.
         """
-        self._refuse_if_over(await self._standing(run_id))
+        self._refuse_if_over(await self._standing(run_id, sight))
         if not self._happyrobot.can_be_asked:
             raise NotConfigured("HAPPYROBOT_API_KEY is not set")
         await self._intake.take(
@@ -62,9 +62,9 @@ class Canceler:
                 await jobs.drop(conn, jobs.CANCEL, run_id)
             # Most likely it has ended in the meantime.
             await self._lookups.ask(run_id, READ, anew=True)
-            self._refuse_if_over(await self._standing(run_id))
+            self._refuse_if_over(await self._standing(run_id, sight))
             raise UpstreamFailed("HappyRobot refused to cancel the run", detail=str(error)) from error
-        return (await self._standing(run_id)).status
+        return (await self._standing(run_id, sight)).status
 
     async def again(self, run_id: str, attempt: int) -> float | None:
         """Asks once more; seconds until the next attempt, None when there is no use in one."""
@@ -91,9 +91,9 @@ class Canceler:
             # It was heard; what came of it, the run itself says.
             await self._lookups.ask(run_id, to_look, anew=True)
 
-    async def _standing(self, run_id: str) -> Standing:
+    async def _standing(self, run_id: str, sight: Sight) -> Standing:
         async with self._db.connect() as conn:
-            run = found(await find_run(conn, run_id, EVERYTHING))
+            run = found(await find_run(conn, run_id, sight))
         return Standing(RunStatus(run.status), run.timed_out)
 
     @staticmethod

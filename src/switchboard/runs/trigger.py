@@ -168,7 +168,7 @@ async def _write_down(
             input=body,
             idempotency_key=idempotency_key,
             owner=caller.owner(request.context_id),
-            key_id=None if caller.key is None else caller.key.id,
+            key_id=caller.key_id,
             answer_by=func.now() + limit,
         )
         .on_conflict_do_nothing(index_elements=["owner", "idempotency_key"])
