@@ -42,7 +42,7 @@ def eventually(condition: Callable[[], object], within: float = 60) -> None:
     deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.02)
+        time.sleep(0.05)  # it looks through all processes
 
 
 @contextmanager

@@ -455,7 +455,7 @@ async def test_an_execution_found_half_way_is_unknown_and_never_sent_again(
     abandoned = await pending(db, context_id, "-1 second")
     alive = await pending(db, context_id, "1 minute")
     calls = len(upstream.simulator.calls)
-    await sweep(db, service.state["intake"], 15)
+    await sweep(db, service.state["intake"], 15, 1800)
     found = await execution(db, abandoned)
     assert (found.status, found.error) == ("submission_unknown", STOPPED)
     assert (await execution(db, alive)).status == "pending"
@@ -476,7 +476,7 @@ async def test_callbacks_that_came_before_the_execution_was_found_are_its_own(
     assert (await service.callback(run_id, "completed", "done", execution_id=abandoned)).status_code == 404
     async with db.begin() as conn:
         await conn.execute(update(executions).where(executions.c.id == abandoned).values(answer_by=text("now()")))
-    await sweep(db, service.state["intake"], 15)
+    await sweep(db, service.state["intake"], 15, 1800)
     run = await service.run(run_id)
     assert (run["status"], run["metadata"]) == ("COMPLETED", {"logs": [0, 1, 2], "result": "done"})
     assert await rows_of(db, run_events, run_id) == 5
@@ -493,7 +493,7 @@ async def test_an_answer_that_comes_after_all_still_counts(
             async with db.begin() as conn:
                 this = executions.c.context_id == context_id
                 await conn.execute(update(executions).where(this).values(answer_by=text("now()")))
-            await sweep(db, sweeper.state["intake"], 15)
+            await sweep(db, sweeper.state["intake"], 15, 1800)
             return queued(context_id)
 
         router = respx.MockRouter()

@@ -120,7 +120,7 @@ async def test_a_job_that_failed_comes_up_again_once(service: Service, own_datab
     await fail(own_db, "replaced")
     await enqueue(own_db, Job(RECONCILE, "replaced"))
     await fail(own_db, "once")
-    await sweep(own_db, service.state["intake"], 15)
+    await sweep(own_db, service.state["intake"], 15, 1800)
     assert sorted(job.payload for job in await picked(own_database)) == [b"once", b"replaced", b"twice"]
 
 
@@ -148,14 +148,14 @@ async def test_a_job_that_could_not_be_put_off_is_not_lost(
     async with running_service(settings, transport, worker=True) as service:
         db = service.state["db"]
         run_id = await insert_run(db, context_id)
-        await sweep(db, service.state["intake"], 0.1)
+        await sweep(db, service.state["intake"], 0.1, 1800)
         await failed.wait()
 
         async def held() -> bool:
             return bool((await waiting(db, run_id)).status == "failed")
 
         await until(held)
-        await sweep(db, service.state["intake"], 0.1)
+        await sweep(db, service.state["intake"], 0.1, 1800)
 
         async def over() -> bool:
             async with db.connect() as conn:

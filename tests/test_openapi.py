@@ -22,6 +22,7 @@ from schemathesis.specs.openapi.checks import (
 
 from switchboard import local
 from switchboard.app import create_app
+from switchboard.errors import PUBLIC
 from tests.conftest import API_KEY, HOOK_KEY, Servers, run_sql, settings_for, with_database
 
 CHECKS = [
@@ -141,9 +142,11 @@ def test_every_endpoint_is_described_with_its_errors():
             assert operation["summary"], (path, method)
             assert operation["description"], (path, method)
             # Bad input is 400; FastAPI would say 422.
-            assert ("422" in operation["responses"]) == path.endswith("/trigger"), (path, method)
+            assert ("422" in operation["responses"]) == path.endswith(("/trigger", "/execute")), (path, method)
             if path.startswith("/api/"):
-                assert {"400", "503"} <= set(operation["responses"]), (path, method)
+                assert "503" in operation["responses"], (path, method)
+                # An id that cannot be one is no id of anything.
+                assert "400" in operation["responses"] or path.startswith(f"{PUBLIC}/"), (path, method)
                 # Whoever has no session may end it.
                 assert ("401" in operation["responses"]) == ((path, method) != (SESSION, "delete")), (path, method)
 
@@ -162,6 +165,9 @@ def test_every_endpoint_says_with_which_credentials_it_is_asked():
                 assert ways == []
                 continue
             assert {"bearer": []} in ways
+            if path.startswith(PUBLIC):
+                assert ways == [{"bearer": []}] == DOCUMENT["paths"][path][method]["security"], "always with a key"
+                continue
             assert ({"access_token": []} in ways) == (method == "get")
             assert ({"cookie": []} in ways) == (path not in (TOKENS, SESSION))
             assert [{}, *ways] == DOCUMENT["paths"][path][method]["security"], "where none are needed"

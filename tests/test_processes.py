@@ -22,10 +22,9 @@ from tests.conftest import APP_SECRET, HOOK_KEY, Said, Servers, insert_run, new_
 HEADERS = {"X-API-KEY": HOOK_KEY}
 
 
-@pytest.fixture
-def environment(database_url: str, servers: Servers) -> Iterator[None]:
+def deployed(database_url: str, servers: Servers) -> contextlib.AbstractContextManager[None]:
     """What a deployment's environment says. HappyRobot is not needed here."""
-    with local.environment(
+    return local.environment(
         DATABASE_URL=database_url,
         REDIS_URL=servers.redis_url,
         HAPPYROBOT_WEBHOOK_URL="http://127.0.0.1:1/hooks/none",
@@ -33,8 +32,23 @@ def environment(database_url: str, servers: Servers) -> Iterator[None]:
         HAPPYROBOT_X_API_KEY=HOOK_KEY,
         APP_SECRET=APP_SECRET,
         LOG_LEVEL="warning",
-    ):
+    )
+
+
+@pytest.fixture
+def environment(database_url: str, servers: Servers) -> Iterator[None]:
+    with deployed(database_url, servers):
         yield
+
+
+@pytest.fixture(scope="module")
+def two_processes(database_url: str, servers: Servers) -> Iterator[tuple[str, str]]:
+    """Where they answer; they share a database and Redis."""
+    with contextlib.ExitStack() as stack:
+        with deployed(database_url, servers):
+            one = stack.enter_context(local.child("serve", "--port", "0"))
+            other = stack.enter_context(local.child("serve", "--port", "0", "--no-migrate"))
+        yield one, other
 
 
 def command(*arguments: str, **options: Any) -> subprocess.Popen[str]:
@@ -69,43 +83,43 @@ async def answers(http: httpx.AsyncClient) -> None:
 
 
 async def test_a_browser_on_one_process_sees_a_callback_that_another_took(
-    environment: None, db: AsyncEngine, context_id: str, run_id: str
+    two_processes: tuple[str, str], context_id: str, run_id: str
 ):
-    with local.child("serve", "--port", "0") as one, local.child("serve", "--port", "0", "--no-migrate") as other:
-        async with (
-            client(one) as here,
-            client(other) as there,
-            aconnect_sse(here, "GET", "/api/events", params={"context_id": context_id}) as source,
-        ):
-            events = source.aiter_sse()
-            first = await anext(events)
-            assert first.retry
-            body = {"run_id": run_id, "event_type": "log", "data": {"from": "the other side"}}
-            assert (await there.post("/api/webhooks/happyrobot", json=body)).status_code == 200
-            async with asyncio.timeout(10):
-                event = await anext(events)
-            assert event.json()["data"] == {"from": "the other side"}
+    one, other = two_processes
+    async with (
+        client(one) as here,
+        client(other) as there,
+        aconnect_sse(here, "GET", "/api/events", params={"context_id": context_id}) as source,
+    ):
+        events = source.aiter_sse()
+        first = await anext(events)
+        assert first.retry
+        body = {"run_id": run_id, "event_type": "log", "data": {"from": "the other side"}}
+        assert (await there.post("/api/webhooks/happyrobot", json=body)).status_code == 200
+        async with asyncio.timeout(10):
+            event = await anext(events)
+        assert event.json()["data"] == {"from": "the other side"}
 
 
 async def test_the_same_500_callbacks_twice_to_two_processes_are_500_events(
-    environment: None, db: AsyncEngine, context_id: str
+    two_processes: tuple[str, str], db: AsyncEngine, context_id: str
 ):
     run_id = await insert_run(db, context_id)
-    with local.child("serve", "--port", "0") as one, local.child("serve", "--port", "0") as other:
-        async with client(one) as here, client(other) as there:
-            places = asyncio.Semaphore(20)
+    one, other = two_processes
+    async with client(one) as here, client(other) as there:
+        places = asyncio.Semaphore(20)
 
-            async def send(to: httpx.AsyncClient, number: int) -> bool:
-                stamp = f"2026-01-01T00:{number // 60:02}:{number % 60:02}Z"
-                body = {"run_id": run_id, "event_type": "log", "timestamp": stamp, "data": {"n": number}}
-                async with places:
-                    answer = await to.post("/api/webhooks/happyrobot", json=body)
-                assert answer.status_code == 200
-                return "duplicate" in answer.json()
+        async def send(to: httpx.AsyncClient, number: int) -> bool:
+            stamp = f"2026-01-01T00:{number // 60:02}:{number % 60:02}Z"
+            body = {"run_id": run_id, "event_type": "log", "timestamp": stamp, "data": {"n": number}}
+            async with places:
+                answer = await to.post("/api/webhooks/happyrobot", json=body)
+            assert answer.status_code == 200
+            return "duplicate" in answer.json()
 
-            copies = await asyncio.gather(*(send(to, number) for number in range(500) for to in (here, there)))
-            assert sum(copies) == 500
-            run = (await here.get(f"/api/happyrobot/runs/{run_id}")).json()
+        copies = await asyncio.gather(*(send(to, number) for number in range(500) for to in (here, there)))
+        assert sum(copies) == 500
+        run = (await here.get(f"/api/happyrobot/runs/{run_id}")).json()
     assert sorted(log["n"] for log in run["metadata"]["logs"]) == list(range(500))
     assert await rows_of(db, run_events, run_id) == 500
 

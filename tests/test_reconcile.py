@@ -381,7 +381,7 @@ async def test_runs_that_nobody_watches_are_found(service: Service, db: AsyncEng
         await conn.execute(text(given_up.format("1 hour")), {"run_id": run_ids[4]})
         await conn.execute(text(given_up.format("2 days")), {"run_id": run_ids[5]})
     for _ in range(2):
-        await sweep(db, service.state["intake"], 15)
+        await sweep(db, service.state["intake"], 15, 1800)
     assert [await queued(db, jobs.RECONCILE, run_id) for run_id in run_ids] == [1, 1, 0, 0, 1, 0]
 
 
@@ -446,7 +446,7 @@ async def test_what_pgqueuer_notes_about_the_past_is_dropped(service: Service, d
                 "FROM unnest(ARRAY[interval '2 days', interval '1 hour']) age"
             )
         )
-    await sweep(db, service.state["intake"], 15)
+    await sweep(db, service.state["intake"], 15, 1800)
     async with db.connect() as conn:
         left = text("SELECT count(*) FROM switchboard_pgqueuer_log WHERE entrypoint = 'tidied'")
         assert await conn.scalar(left) == 1
@@ -574,7 +574,7 @@ async def test_a_worker_that_is_told_to_stop_leaves_its_jobs_to_others(
     transport = httpx.MockTransport(router.async_handler)
     async with running_service(settings, transport, worker=True) as service:
         run_id = await insert_run(service.state["db"], context_id)
-        await sweep(service.state["db"], service.state["intake"], 0.1)
+        await sweep(service.state["db"], service.state["intake"], 0.1, 1800)
         await asked.wait()
         started = time.monotonic()
     assert time.monotonic() - started < 5, "it does not wait for HappyRobot"

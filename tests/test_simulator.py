@@ -13,11 +13,14 @@ from uuid import UUID
 import httpx
 import pytest
 import uvicorn
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from switchboard import local
 from switchboard.happyrobot.simulator import Faults, Simulator, create_app
 
 CALLBACK_URL = "http://switchboard.test/callbacks"
@@ -48,11 +51,17 @@ class Receiver:
 
     @property
     def kinds(self) -> list[str]:
-        return [event["event_type"] for event in self.events]
+        return [event.get("event_type", "cloud event") for event in self.events]
 
     async def has(self, count: int) -> None:
         async with self.news:
             await asyncio.wait_for(self.news.wait_for(lambda: len(self.bodies) >= count), 5)
+
+    async def asked(self, count: int = 1) -> list[dict[str, Any]]:
+        """The callbacks that ask for an approval, once there are so many."""
+        async with self.news:
+            await asyncio.wait_for(self.news.wait_for(lambda: self.kinds.count("pending_approval") >= count), 5)
+        return [event for event in self.events if event.get("event_type") == "pending_approval"]
 
 
 @asynccontextmanager
@@ -160,6 +169,12 @@ async def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
         {"outcome": "lost"},
         {"faults": "gremlins"},
         {"faults": 7},
+        {"approval": "yes"},
+        {"approval": None},
+        {"approval": 1},
+        {"approval": {}},
+        {"approval": {"require_comment": "no"}},
+        {"approval": {"require_comment": True, "reviewers": 2}},
     ],
 )
 async def test_a_wish_that_makes_no_sense_is_refused(simulate: object) -> None:
@@ -899,7 +914,370 @@ async def test_a_slow_api_answers_in_the_end_and_does_not_hold_up_the_close() ->
             assert (await waiting).status_code == 200
 
 
-@pytest.mark.parametrize("fault", ["api_delay=-1", "api_missing=soon", "api_answer=garbage", "api_answer=200"])
+@pytest.mark.parametrize(
+    "fault",
+    ["api_delay=-1", "api_missing=soon", "api_answer=garbage", "api_answer=200", "resume_answer=empty"],
+)
 def test_an_api_fault_that_makes_no_sense_is_refused(fault: str) -> None:
     with pytest.raises(ValueError, match=fault.split("=", maxsplit=1)[0]):
         Faults.parse(fault)
+
+
+# Approvals
+
+
+async def decide(client: httpx.AsyncClient, resume_url: str, decision: str, **more: Any) -> int:
+    return (await client.post(resume_url, json={"decision": decision} | more)).status_code
+
+
+async def test_a_call_asks_for_an_approval_half_way_and_goes_on_with_it() -> None:
+    async with simulated(receiver := Receiver()) as (simulator, client):
+        [run_id] = await trigger(client, execution_id="exec_1", context_id="order_1", simulate={"approval": True})
+        [asked] = await receiver.asked()
+        half = ["running", *["log"] * 6, "pending_approval"]
+        assert receiver.kinds == half
+        assert set(asked) == {
+            *("run_id", "event_type", "timestamp", "data", "resume_url"),
+            *("execution_id", "context_id"),
+        }
+        assert (asked["run_id"], asked["execution_id"], asked["context_id"]) == (run_id, "exec_1", "order_1")
+        assert (await client.get(f"/api/v1/runs/{run_id}")).json()["run"]["status"] == "running"
+        assert (await client.get(f"/api/v2/runs/{run_id}")).json()["status"] == "running"
+        assert receiver.kinds == half
+        answer = await client.post(asked["resume_url"], json={"decision": "approved", "comment": "Good"})
+        assert (answer.status_code, answer.json()) == (200, {"status": "approved"})
+        await simulator.settled()
+        assert receiver.kinds == [*half, *["log"] * 5, "completed"]
+        assert receiver.events == simulator.runs[run_id].events
+
+
+async def test_an_approval_is_asked_about_the_load() -> None:
+    async with simulated(receiver := Receiver()) as (_, client):
+        await trigger(client, load_id="LD-7", customer_name="Acme", rate=2000, simulate={"approval": True})
+        [asked] = await receiver.asked()
+    data = asked["data"]
+    [row] = data["rows"]
+    assert (row["reference"], row["carrier"], row["agreed_rate"]) == ("LD-7", "Acme", 2075)
+    assert "$2,075" in row["generated_content"]
+    assert row["compliance_status"] == "passed"
+    assert data["displayFields"] == list(row)
+    assert set(data) == {"rows", "metadata", "displayFields"}
+    metadata = data["metadata"]
+    assert "LD-7" in metadata.pop("title")
+    assert "Acme" in metadata.pop("description")
+    assert metadata == {"totalRows": 1, "allowBulkApproval": True, "requireComment": False}
+
+
+async def test_an_approval_is_asked_about_each_row_of_the_payload() -> None:
+    rows = [{"customerId": "C1", "name": "Ann"}, {"customerId": "C2", "phone": "+15550100"}]
+    async with simulated(receiver := Receiver()) as (_, client):
+        await trigger(client, csvData=rows, simulate={"approval": True})
+        [asked] = await receiver.asked()
+    data = asked["data"]
+    contents = [row.pop("generated_content") for row in data["rows"]]
+    assert "Ann" in contents[0]
+    assert contents[0] != contents[1]
+    assert data["rows"] == [row | {"compliance_status": "passed"} for row in rows]
+    assert data["metadata"]["totalRows"] == 2
+    assert set(data["displayFields"]) == {"customerId", "name", "phone", "generated_content", "compliance_status"}
+    assert len(data["displayFields"]) == 5
+
+
+@pytest.mark.parametrize("rows", [[], ["C1"], [{"name": "Ann"}, 7], {"name": "Ann"}, "name\nAnn", None])
+async def test_rows_that_are_none_are_not_asked_about(rows: object) -> None:
+    async with simulated(receiver := Receiver()) as (_, client):
+        await trigger(client, csvData=rows, load_id="LD-7", simulate={"approval": True})
+        [asked] = await receiver.asked()
+    assert [row["reference"] for row in asked["data"]["rows"]] == ["LD-7"]
+
+
+@pytest.mark.parametrize("required", [True, False])
+async def test_an_approval_may_require_a_comment(required: bool) -> None:
+    async with simulated(receiver := Receiver()) as (_, client):
+        await trigger(client, simulate={"approval": {"require_comment": required}})
+        [asked] = await receiver.asked()
+    assert asked["data"]["metadata"]["requireComment"] is required
+
+
+async def test_every_call_asks_for_an_approval_if_the_simulator_is_set_so() -> None:
+    async with simulated(receiver := Receiver(), approval=True) as (simulator, client):
+        [run_id] = await trigger(client, simulate={"approval": False})
+        await simulator.settled()
+        assert simulator.runs[run_id].status == "completed"
+        assert "pending_approval" not in receiver.kinds
+        await trigger(client)
+        await receiver.asked()
+
+
+@pytest.mark.parametrize("outcome", ["failed", "canceled"])
+async def test_a_call_that_breaks_off_asks_before_it_does(outcome: str) -> None:
+    async with simulated(receiver := Receiver()) as (simulator, client):
+        await trigger(client, simulate={"approval": True, "outcome": outcome})
+        [asked] = await receiver.asked()
+        assert await decide(client, asked["resume_url"], "approved") == 200
+        await simulator.settled()
+        assert receiver.kinds == ["running", *["log"] * 3, "pending_approval", *["log"] * 2, outcome]
+
+
+@pytest.mark.parametrize("comment", [{"comment": "Too much"}, {}])
+async def test_a_rejection_ends_the_run(comment: dict[str, str]) -> None:
+    async with simulated(receiver := Receiver()) as (simulator, client):
+        [run_id] = await trigger(client, simulate={"approval": True})
+        [asked] = await receiver.asked()
+        assert await decide(client, asked["resume_url"], "rejected", **comment) == 200
+        assert (await client.get(f"/api/v1/runs/{run_id}")).json()["run"]["status"] == "canceled"
+        await simulator.settled()
+        assert receiver.kinds == ["running", *["log"] * 6, "pending_approval", "canceled"]
+        seconds = simulator.runs[run_id].duration
+        assert seconds > 0
+        reason = {"reason": "rejected", "comment": comment.get("comment"), "duration_seconds": seconds}
+        assert receiver.events[-1]["data"] == reason
+
+
+async def test_each_run_waits_for_a_decision_of_its_own() -> None:
+    async with simulated(receiver := Receiver()) as (simulator, client):
+        await trigger(client, simulate={"approval": True, "runs": 2})
+        first, second = await receiver.asked(2)
+        assert await decide(client, first["resume_url"], "rejected") == 200
+        assert await decide(client, second["resume_url"], "approved") == 200
+        await simulator.settled()
+        assert simulator.runs[first["run_id"]].status == "canceled"
+        assert simulator.runs[second["run_id"]].status == "completed"
+
+
+@pytest.mark.parametrize(("decision", "end"), [("approved", "completed"), ("rejected", "canceled")])
+async def test_a_decision_may_come_before_the_callback_that_asks_is_answered(decision: str, end: str) -> None:
+    told: list[str] = []
+
+    async def receiver(scope: Scope, receive: Receive, send: Send) -> None:
+        event = await Request(scope, receive).json()
+        told.append(event["event_type"])
+        if "resume_url" in event:
+            assert await decide(client, event["resume_url"], decision) == 200
+        await Response()(scope, receive, send)
+
+    async with simulated(receiver, approval=True) as (simulator, client):
+        await trigger(client)
+        await simulator.settled()
+    assert told[-1] == end
+    assert told.count(end) == told.count("pending_approval") == 1
+
+
+async def test_a_decision_goes_where_the_trigger_went() -> None:
+    async with simulated(receiver := Receiver()) as (_, client):
+        [run_id] = await trigger(client, "https://other.test:8443/hooks/a", simulate={"approval": True})
+        [asked] = await receiver.asked()
+    assert asked["resume_url"].startswith(f"https://other.test:8443/resume/{run_id}/")
+
+
+async def test_a_run_can_be_canceled_while_it_waits_for_a_decision() -> None:
+    async with simulated(receiver := Receiver()) as (simulator, client):
+        [run_id] = await trigger(client, simulate={"approval": True})
+        [asked] = await receiver.asked()
+        answer = await client.post(f"/api/v2/runs/{run_id}/cancel", json={})
+        assert (answer.status_code, answer.json()) == (200, {"status": "canceled"})
+        await simulator.settled()
+        assert receiver.kinds[-2:] == ["pending_approval", "canceled"]
+        assert receiver.events[-1]["data"]["reason"] == "canceled_by_request"
+        for decision in ("approved", "rejected"):
+            answer = await client.post(asked["resume_url"], json={"decision": decision})
+            assert (answer.status_code, answer.json()) == (409, {"message": "run is already canceled"})
+        await simulator.settled()
+        assert receiver.kinds.count("canceled") == 1
+
+
+async def test_closing_waits_for_no_decision() -> None:
+    async with simulated(receiver := Receiver()) as (simulator, client):
+        [run_id] = await trigger(client, simulate={"approval": True})
+        await receiver.asked()
+        await asyncio.wait_for(simulator.aclose(), 5)
+        assert simulator.runs[run_id].status == "running"
+
+
+@pytest.mark.parametrize(("decision", "opposite"), [("approved", "rejected"), ("rejected", "approved")])
+async def test_the_first_decision_counts(decision: str, opposite: str) -> None:
+    async with simulated(receiver := Receiver(), pace=0.01) as (simulator, client):
+        [run_id] = await trigger(client, simulate={"approval": True})
+        [asked] = await receiver.asked()
+
+        async def answers() -> list[int]:
+            return [await decide(client, asked["resume_url"], each) for each in (decision, opposite, decision)]
+
+        assert await answers() == [200, 409, 200]
+        await simulator.settled()
+        told = list(simulator.runs[run_id].events)
+        assert told[-1]["event_type"] == {"approved": "completed", "rejected": "canceled"}[decision]
+        # Nor does it change when the run is over.
+        assert await answers() == [200, 409, 200]
+        await simulator.settled()
+        assert simulator.runs[run_id].events == receiver.events == told
+
+
+@pytest.mark.parametrize("key", [None, "", "wrong", "schlüssel", "callback-key"])
+async def test_a_decision_without_the_hooks_key_is_not_taken(key: str | None) -> None:
+    async with simulated(receiver := Receiver(), hook_key="hook-key", callback_key="callback-key") as (_, client):
+        hook_key = {"x-api-key": "hook-key"}
+        await client.post(
+            "/hooks/a", json={"callback_url": CALLBACK_URL, "simulate": {"approval": True}}, headers=hook_key
+        )
+        [asked] = await receiver.asked()
+        headers = {} if key is None else {b"x-api-key": key.encode()}
+        answer = await client.post(asked["resume_url"], json={"decision": "rejected"}, headers=headers)
+        assert (answer.status_code, answer.json()) == (401, {"message": "invalid X-API-KEY"})
+        answer = await client.post(asked["resume_url"], json={"decision": "approved"}, headers=hook_key)
+        assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b'["approved"]', b"{}", b'{"decision": "maybe"}', b'{"decision": true}', b'{"decision": []}']
+)
+async def test_a_decision_that_is_none_is_refused(body: bytes) -> None:
+    async with simulated(receiver := Receiver()) as (simulator, client):
+        await trigger(client, simulate={"approval": True})
+        [asked] = await receiver.asked()
+        answer = await client.post(asked["resume_url"], content=body)
+        assert answer.status_code == 400
+        assert "message" in answer.json()
+        assert await decide(client, asked["resume_url"], "approved") == 200
+        await simulator.settled()
+        assert receiver.kinds[-1] == "completed"
+
+
+async def test_a_decision_that_nobody_asked_for_is_not_found() -> None:
+    async with simulated(receiver := Receiver()) as (simulator, client):
+        [without] = await trigger(client, callback_url=None)
+        [run_id] = await trigger(client, simulate={"approval": True})
+        [asked] = await receiver.asked()
+        token = asked["resume_url"].rpartition("/")[2]
+        for path in (f"nobody/{token}", f"{without}/{token}", f"{without}/None", f"{run_id}/wrong"):
+            assert await decide(client, f"/resume/{path}", "rejected") == 404
+        assert await decide(client, asked["resume_url"], "approved") == 200
+        await simulator.settled()
+        assert {run.status for run in simulator.runs.values()} == {"completed"}
+
+
+async def test_decisions_are_shown_without_the_key_taken_or_not() -> None:
+    async with simulated(receiver := Receiver(), hook_key="hook-key") as (simulator, client):
+        client.headers.update({"x-api-key": "hook-key", "user-agent": "tests"})
+        [run_id] = await trigger(client, simulate={"approval": True})
+        [asked] = await receiver.asked()
+        decision = {"decision": "approved", "comment": "Good"}
+        requests: list[tuple[str, dict[str, Any]]] = [
+            (asked["resume_url"], {"json": decision, "headers": {"x-api-key": "wrong"}}),
+            (asked["resume_url"], {"content": b"{"}),
+            ("/resume/nobody/token", {"json": decision}),
+            (asked["resume_url"], {"json": decision, "headers": {"idempotency-key": "once", "cookie": "none"}}),
+            (asked["resume_url"], {"json": {"decision": "rejected"}}),
+        ]
+        for url, request in requests:
+            await client.post(url, **request)
+        assert [(decision.run_id, decision.body, decision.status) for decision in simulator.decisions] == [
+            (run_id, None, 401),
+            (run_id, None, 400),
+            ("nobody", decision, 404),
+            (run_id, decision, 200),
+            (run_id, {"decision": "rejected"}, 409),
+        ]
+        taken = simulator.decisions[3]
+        assert taken.headers == {
+            "content-type": "application/json",
+            "idempotency-key": "once",
+            "user-agent": "tests",
+            "x-api-key": "hook-key",
+        }
+        times = [decision.at for decision in simulator.decisions]
+        assert times == sorted(times)
+        answer = await client.get("/simulator/decisions")
+        assert "hook-key" not in answer.text
+        assert len(answer.json()) == 5
+        assert answer.json()[3] == {
+            "run_id": run_id,
+            "headers": taken.headers | {"x-api-key": "***"},
+            "at": taken.at.isoformat(),
+            "body": decision,
+            "status": 200,
+        }
+
+
+async def test_a_decision_is_answered_as_the_fault_wants_it_and_not_taken() -> None:
+    async with simulated(receiver := Receiver()) as (simulator, client):
+        [run_id] = await trigger(client, simulate={"approval": True, "faults": "resume_answer=503"})
+        [asked] = await receiver.asked()
+        assert await decide(client, asked["resume_url"], "rejected", comment="No") == 503
+        [decision] = simulator.decisions
+        assert (decision.body, decision.status) == ({"decision": "rejected", "comment": "No"}, 503)
+        simulator.runs[run_id].faults = Faults()
+        assert await decide(client, asked["resume_url"], "approved") == 200
+        await simulator.settled()
+        assert receiver.kinds[-1] == "completed"
+
+
+async def test_an_approval_is_asked_for_at_once_though_the_rest_is_reordered() -> None:
+    async with simulated(receiver := Receiver(), faults=Faults(reorder=True)) as (simulator, client):
+        [run_id] = await trigger(client, simulate={"approval": True})
+        [asked] = await receiver.asked()
+        assert receiver.kinds == ["pending_approval"]
+        assert await decide(client, asked["resume_url"], "approved") == 200
+        await simulator.settled()
+        assert sorted(map(str, receiver.events)) == sorted(map(str, simulator.runs[run_id].events))
+        assert receiver.kinds[-1] not in FINAL
+
+
+async def test_a_rejected_run_keeps_its_faults() -> None:
+    async with simulated(receiver := Receiver(), faults=Faults(duplicate=True, drop_final=True)) as (simulator, client):
+        [run_id] = await trigger(client, simulate={"approval": True})
+        first, second = await receiver.asked(2)
+        assert first == second
+        assert await decide(client, first["resume_url"], "rejected") == 200
+        await simulator.settled()
+        assert receiver.kinds[-2:] == ["pending_approval"] * 2
+        assert simulator.runs[run_id].status == "canceled"
+
+
+@pytest.mark.parametrize("quiet", [{"simulate": {"faults": "silent"}}, {"callback_url": None}])
+async def test_an_approval_that_nobody_hears_of_is_waited_for_until_the_run_is_canceled(quiet: dict[str, Any]) -> None:
+    async with simulated(receiver := Receiver(), approval=True) as (simulator, client):
+        [run_id] = await trigger(client, **quiet)
+        run = simulator.runs[run_id]
+        async with asyncio.timeout(5):
+            await run.called_back.wait()
+        assert [event["event_type"] for event in run.events][-1] == "pending_approval"
+        await client.post(f"/api/v2/runs/{run_id}/cancel", json={})
+        await simulator.settled()
+        assert run.status == "canceled"
+        assert receiver.bodies == []
+
+
+async def test_call_back_first_does_not_wait_for_a_decision() -> None:
+    async with simulated(approval=True, faults=Faults(call_back_first=True)) as (simulator, client):
+        async with asyncio.timeout(5):
+            [run_id] = await trigger(client, callback_url=None)
+        assert simulator.runs[run_id].status == "running"
+
+
+@pytest.mark.parametrize(("decision", "said"), [("approved", "completed"), ("rejected", "canceled")])
+async def test_cloud_events_tell_nothing_of_an_approval(decision: str, said: str) -> None:
+    async with simulated(receiver := Receiver(), approval=True, cloud_events=True) as (simulator, client):
+        await trigger(client)
+        [asked] = await receiver.asked()
+        assert await decide(client, asked["resume_url"], decision) == 200
+        await simulator.settled()
+    events = [event for event in receiver.events if "specversion" in event]
+    assert [event["data"]["status"]["current"] for event in events] == ["in-progress", said]
+
+
+async def test_the_command_asks_for_approvals_if_told_to() -> None:
+    with (
+        local.environment(HAPPYROBOT_X_API_KEY="hook-key"),
+        local.child("simulate", "--port", "0", "--pace", "0", "--approval") as address,
+    ):
+        async with (
+            served(Starlette(routes=[Mount("/", receiver := Receiver())])) as callback_url,
+            httpx.AsyncClient(base_url=address, headers={"x-api-key": "hook-key"}) as client,
+        ):
+            await trigger(client, callback_url=callback_url)
+            [asked] = await receiver.asked()
+            assert asked["resume_url"].startswith(f"{address}/resume/")
+            assert await decide(client, asked["resume_url"], "approved") == 200
+            await receiver.has(14)
+            assert receiver.kinds[-1] == "completed"

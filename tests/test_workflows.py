@@ -92,7 +92,7 @@ async def test_a_disabled_workflow_is_not_started(
     await store(db, settings, Workflow(workflow_id, Hook(f"{upstream.url}/hooks/x"), active=False))
     calls = len(upstream.simulator.calls)
     answer = await trigger(service, context_id, workflow_id)
-    assert (answer.status_code, answer.json()) == (403, {"error": "Workflow is disabled"})
+    assert (answer.status_code, answer.json()) == (403, {"error": "Workflow is inactive"})
     assert len(upstream.simulator.calls) == calls
 
 

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from switchboard import __version__, callbacks, edge, errors, logs, reference
 from switchboard.access import routes as access
 from switchboard.live import stream
+from switchboard.public import routes as public
 from switchboard.runs import calling, reading
 from switchboard.settings import Settings
 from switchboard.wiring import State, addresses, connected
@@ -48,6 +49,7 @@ def create_app(
     app.include_router(callbacks.router)
     app.include_router(stream.router)
     app.include_router(access.router)
+    app.include_router(public.router)
     app.include_router(reference.router)
 
     @app.get("/healthz", tags=["operations"], summary="Is the process alive?")
@@ -78,9 +80,10 @@ def _corrected(document: dict[str, Any], *, anonymous: bool) -> dict[str, Any]:
                 del operation["responses"]["422"]
             if "security" in operation:
                 ways = [way for way in operation["security"] if way and (method == "get" or "access_token" not in way)]
-                if operation["tags"] == access.router.tags:
-                    ways = [way for way in ways if "bearer" in way]  # it is what lets browsers in
-                operation["security"] = [{}, *ways] if anonymous else ways
+                if operation["tags"] in (access.router.tags, public.router.tags):
+                    ways = [way for way in ways if "bearer" in way]  # nothing that a browser sends by itself
+                everybody = anonymous and operation["tags"] != public.router.tags
+                operation["security"] = [{}, *ways] if everybody else ways
     for schema in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(schema, None)
     return document

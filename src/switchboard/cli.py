@@ -1,70 +1,98 @@
-"""The `switchboard` command."""
+"""The `switchboard` command.
+
+What a command needs is imported when it runs: everything together takes longer to import than most commands take.
+"""
 
 import asyncio
 import contextlib
+import gc
 import signal
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-import uvicorn
-from pydantic import SecretStr, ValidationError
-from uvicorn.supervisors import Multiprocess
+from typer.core import TyperGroup
+from typer.main import get_group
 
-from switchboard import __version__, demo, local, logs
-from switchboard import migrate as migrations
-from switchboard import worker as background
-from switchboard.commands import keys, secrets, workflows
-from switchboard.embedded import EmbeddedUnavailable
-from switchboard.errors import PostgresAway
-from switchboard.happyrobot.simulator import Faults, Shape, Simulator
-from switchboard.logs.traces import trace
-from switchboard.protocol import BoundedProtocol
-from switchboard.sealing import SealBroken, SecretMissing
-from switchboard.settings import Settings
+from switchboard import __version__, local
+
+if TYPE_CHECKING:
+    from pydantic import SecretStr
+
+_GROUPS = ("keys", "workflows", "secrets")
+"""Modules of `switchboard.commands`."""
+
+
+class _Commands(TyperGroup):
+    """The commands of this module, and the groups, each of which is imported once it is asked for."""
+
+    # Typer keeps the types of these to itself.
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *_GROUPS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _GROUPS:
+            return super().get_command(ctx, cmd_name)
+        group = get_group(import_module(f"switchboard.commands.{cmd_name}").app)
+        group.name = cmd_name
+        return group
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="The backend between an application and HappyRobot's voice agents.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-app.add_typer(keys.app, name="keys")
-app.add_typer(workflows.app, name="workflows")
-app.add_typer(secrets.app, name="secrets")
-
 _Hidden = Annotated[bool, typer.Option(hidden=True)]
 
 
 _LOOPBACK = (local.LOOPBACK, "localhost", "::1")
 
-_SAID_IN_A_LINE = (
-    EmbeddedUnavailable,
-    PostgresAway,
-    SealBroken,
-    SecretMissing,
-    local.ChildFailed,
-    local.PortTaken,
-    local.SecretNotKept,
-    demo.DemoFailed,
-)
-
 
 def main() -> None:
     """Runs the command; what went wrong is a line, not a traceback."""
+    # Nearly all that an import makes stays: to look through it for garbage every 700 objects takes a fifth of a start.
+    gc.set_threshold(20_000)
     try:
         app()
-    except _SAID_IN_A_LINE as error:
-        sys.exit(f"switchboard: {error}")
-    except ValidationError as error:
-        complaints = [
-            f"  {'.'.join(map(str, complaint['loc'])).upper()}: {complaint['msg']}".replace("  : ", "  ")
-            for complaint in error.errors(include_url=False, include_input=False)
-        ]
-        sys.exit("\n".join(["switchboard: the settings do not fit together", *complaints]))
     except Exception as error:  # noqa: BLE001  # Python's own traceback would repeat, say, a malformed password
-        sys.exit(f"switchboard: {trace(error)}")
+        sys.exit(f"switchboard: {_said(error)}")
+
+
+def _said(error: Exception) -> str:
+    """A sentence of ours, or else where it happened and what of it nobody has sent."""
+    from pydantic import ValidationError
+
+    from switchboard.demo import DemoFailed
+    from switchboard.embedded import EmbeddedUnavailable
+    from switchboard.errors import PostgresAway
+    from switchboard.logs.traces import trace
+    from switchboard.sealing import SealBroken, SecretMissing
+
+    match error:
+        case ValidationError():
+            complaints = [
+                f"  {'.'.join(map(str, complaint['loc'])).upper()}: {complaint['msg']}".replace("  : ", "  ")
+                for complaint in error.errors(include_url=False, include_input=False)
+            ]
+            return "\n".join(["the settings do not fit together", *complaints])
+        case (
+            EmbeddedUnavailable()
+            | PostgresAway()
+            | SealBroken()
+            | SecretMissing()
+            | DemoFailed()
+            | local.ChildFailed()
+            | local.PortTaken()
+            | local.SecretNotKept()
+        ):
+            return str(error)
+        case _:
+            return trace(error)
 
 
 def _version(wanted: bool) -> None:
@@ -97,6 +125,13 @@ def serve(
     leave_with_stdin: _Hidden = False,
 ) -> None:
     """Run the service. In development, what the environment does not name is started beside it."""
+    import uvicorn
+    from uvicorn.supervisors import Multiprocess
+
+    from switchboard import logs
+    from switchboard.protocol import BoundedProtocol
+    from switchboard.settings import Settings
+
     if leave_with_stdin:
         local.leave_with_stdin()
     settings = Settings()
@@ -154,6 +189,10 @@ def work(
     migrate: Annotated[bool, typer.Option(help="Bring the database to the newest schema first.")] = False,
 ) -> None:
     """Do the background work alone; any number of workers may run beside the service."""
+    from switchboard import logs
+    from switchboard import worker as background
+    from switchboard.settings import Settings
+
     settings = Settings()
     logs.configure(settings)
     with local.servers(settings), local.app_secret(settings):
@@ -166,6 +205,9 @@ def work(
 @app.command()
 def migrate() -> None:
     """Bring the database to the newest schema."""
+    from switchboard import logs
+    from switchboard.settings import Settings
+
     settings = Settings()
     logs.configure(settings)
     with local.servers(settings):
@@ -174,6 +216,9 @@ def migrate() -> None:
 
 
 def _migrate() -> None:
+    from switchboard import migrate as migrations
+    from switchboard.settings import Settings
+
     url = Settings().database_url
     assert url is not None  # noqa: S101  # local.servers() has seen to it
     asyncio.run(migrations.migrate(url.get_secret_value()))
@@ -184,11 +229,20 @@ def simulate(
     port: Annotated[int, typer.Option(help="Port to listen on, 0 for any free one.")] = 8090,
     pace: Annotated[float, typer.Option(min=0, help="Seconds between callbacks.")] = 0.4,
     faults: Annotated[str, typer.Option(help="What goes wrong, such as `duplicate,delay=2,answer=500`.")] = "",
-    shape: Annotated[Shape, typer.Option(help="Of the Platform API's answer about a run in v1.")] = "nested",
+    shape: Annotated[
+        Literal["nested", "flat"], typer.Option(help="Of the Platform API's answer about a run in v1.")
+    ] = "nested",
     cloud_events: Annotated[bool, typer.Option(help="Tell of sessions as CloudEvents, too.")] = False,
+    approval: Annotated[bool, typer.Option(help="Ask for an approval half-way through a call.")] = False,
     leave_with_stdin: _Hidden = False,
 ) -> None:
     """Play HappyRobot: a hook that starts calls, their callbacks, and the Platform API."""
+    import uvicorn
+
+    from switchboard import logs
+    from switchboard.happyrobot.simulator import Faults, Simulator
+    from switchboard.settings import Settings
+
     if leave_with_stdin:
         local.leave_with_stdin()
     try:
@@ -204,6 +258,7 @@ def simulate(
         pace=pace,
         faults=chosen,
         cloud_events=cloud_events,
+        approval=approval,
         shape=shape,
     )
     with local.listening(local.LOOPBACK, port) as listener:
@@ -212,7 +267,7 @@ def simulate(
         uvicorn.Server(config).run([listener])
 
 
-def _revealed(secret: SecretStr | None) -> str | None:
+def _revealed(secret: "SecretStr | None") -> str | None:
     return None if secret is None else secret.get_secret_value()
 
 
@@ -223,4 +278,6 @@ def show(
     pace: Annotated[float, typer.Option(min=0, help="Seconds between the events of the call.")] = 0.4,
 ) -> None:
     """Start everything, place one call, and watch it live."""
+    from switchboard import demo
+
     demo.run(once=once, port=port, pace=pace)

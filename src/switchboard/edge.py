@@ -14,11 +14,12 @@ import structlog
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars, clear_contextvars
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from switchboard import errors
 from switchboard.settings import Settings
 
 log = structlog.stdlib.get_logger(__name__)
@@ -53,6 +54,14 @@ _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 _ASKED_ALL_THE_TIME = frozenset({"/healthz"})
 """Routes whose requests are no news."""
+
+
+_HEADERS = "answer_headers"
+
+
+def add_headers(request: HTTPConnection, headers: dict[str, str]) -> None:
+    """Puts headers onto the answer to a request, also if that is an error."""
+    request.scope["state"].setdefault(_HEADERS, {}).update(headers)
 
 
 def usual_headers(settings: Settings) -> dict[str, str]:
@@ -140,7 +149,7 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._complete(MutableHeaders(scope=message), scope["path"], request_id)
+                self._complete(MutableHeaders(scope=message), scope, request_id)
             await send(message)
 
         # A request that waited behind another one begins in its context.
@@ -154,10 +163,11 @@ class Edge:
                 note = log.debug if route in _ASKED_ALL_THE_TIME else log.info
                 note("request", method=scope["method"], route=route, status=status, ms=took)
 
-    def _complete(self, headers: MutableHeaders, path: str, request_id: str) -> None:
+    def _complete(self, headers: MutableHeaders, scope: Scope, request_id: str) -> None:
+        headers.update(scope.get("state", {}).get(_HEADERS, {}))
         for name, value in self._headers.items():
             headers.setdefault(name, value)
-        if path.startswith("/api/"):
+        if scope["path"].startswith("/api/"):
             headers.setdefault("Cache-Control", "no-store")
         headers[REQUEST_ID] = request_id
 
@@ -214,4 +224,4 @@ class Unexpected:
             # An answer that has started is not completed, upon which the server closes the connection. Raised, the
             # error would be logged once more.
             if not started:
-                await JSONResponse({"error": "Internal server error"}, 500)(scope, receive, send)
+                await errors.answer(scope["path"], 500, "Internal server error")(scope, receive, send)

@@ -1,4 +1,4 @@
-"""What can go wrong, and how the guide's endpoints say it.
+"""What can go wrong, and how the guide's endpoints and the Public API say it.
 
 SwitchboardError
 ├── BadRequest      400  the request cannot be understood
@@ -18,6 +18,7 @@ SwitchboardError
 
 import math
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from types import MappingProxyType
 from typing import Any
 
@@ -114,6 +115,20 @@ class ErrorOut(BaseModel):
     error: str = Field(examples=["Run not found"])
 
 
+PUBLIC = "/api/v1/public"
+"""Where the Public API begins, whose errors have a shape of their own."""
+
+
+class PublicErrorOut(BaseModel):
+    """The Public API's error shape."""
+
+    model_config = ConfigDict(extra="allow")
+
+    message: str = Field(examples=["Execution not found"])
+    error: str = Field(examples=["Not Found"], description="The status in words.")
+    statusCode: int = Field(examples=[404])  # noqa: N815  # the contract's own name
+
+
 _MEANINGS = {
     400: "The request cannot be understood; nothing was changed.",
     401: "Credentials are missing or wrong; nothing was changed.",
@@ -131,14 +146,24 @@ _MEANINGS = {
 Responses = dict[int | str, dict[str, Any]]
 
 
-def described(*statuses: int) -> Responses:
+def described(*statuses: int, model: type[BaseModel] = ErrorOut) -> Responses:
     """The errors of an endpoint, for the OpenAPI document. 503 is everybody's."""
-    return {status: {"model": ErrorOut, "description": _MEANINGS[status]} for status in (*statuses, 503)}
+    return {status: {"model": model, "description": _MEANINGS[status]} for status in (*statuses, 503)}
 
 
-def _answer(status_code: int, message: str, **fields: Any) -> Response:
-    headers = {"Retry-After": "1"} if status_code == Unavailable.status_code else None
-    return JSONResponse({"error": message, **fields}, status_code, headers)
+def answer(
+    path: str, status_code: int, message: str, headers: Mapping[str, str] | None = None, **fields: Any
+) -> Response:
+    """An error in the shape of whoever answers at this path."""
+    headers = dict(headers or {})
+    if status_code == Unavailable.status_code:
+        headers.setdefault("Retry-After", "1")
+    if not path.startswith(PUBLIC):
+        return JSONResponse({"error": message, **fields}, status_code, headers)
+    body = {"message": message, "error": HTTPStatus(status_code).phrase, "statusCode": status_code, **fields}
+    if "Retry-After" in headers:
+        body["retryAfter"] = int(headers["Retry-After"])
+    return JSONResponse(body, status_code, headers)
 
 
 def complaint(errors: Sequence[Any], *, skip: int = 0) -> str:
@@ -175,35 +200,34 @@ def will_pass(error: Exception) -> bool:
 
 
 def install(app: FastAPI) -> None:
-    """Renders every error in the guide's shape."""
+    """Renders every error in the shape of the endpoint that it comes from."""
+
+    def answered(request: Request, *what: Any, **fields: Any) -> Response:
+        return answer(request.url.path, *what, **fields)
 
     @app.exception_handler(SwitchboardError)
-    async def _(_: Request, error: SwitchboardError) -> Response:
-        answer = _answer(error.status_code, error.message, **error.fields)
-        answer.headers.update(error.headers)
-        return answer
+    async def _(request: Request, error: SwitchboardError) -> Response:
+        return answered(request, error.status_code, error.message, error.headers, **error.fields)
 
     @app.exception_handler(RequestValidationError)
-    async def _(_: Request, error: RequestValidationError) -> Response:
-        return _answer(400, complaint(error.errors(), skip=1))  # "query", "path"
+    async def _(request: Request, error: RequestValidationError) -> Response:
+        return answered(request, 400, complaint(error.errors(), skip=1))  # "query", "path"
 
     @app.exception_handler(HTTPException)
-    async def _(_: Request, error: HTTPException) -> Response:
-        answer = _answer(error.status_code, error.detail)
-        answer.headers.update(error.headers or {})
-        return answer
+    async def _(request: Request, error: HTTPException) -> Response:
+        return answered(request, error.status_code, error.detail, error.headers)
 
     @app.exception_handler(DBAPIError)
     @app.exception_handler(PoolTimeout)
     @app.exception_handler(PostgresAway)
     @app.exception_handler(TimeoutError)
-    async def _(_: Request, error: Exception) -> Response:
+    async def _(request: Request, error: Exception) -> Response:
         if not will_pass(error):
             raise error
         log.warning("PostgreSQL is away or busy", error=error)
-        return _answer(503, "Database unavailable")
+        return answered(request, 503, "Database unavailable")
 
     @app.exception_handler(ClientDisconnect)
-    async def _(_: Request, __: ClientDisconnect) -> Response:
+    async def _(request: Request, __: ClientDisconnect) -> Response:
         # Hung up in the middle of its body: nobody is there to read this.
-        return _answer(400, "The body is incomplete")
+        return answered(request, 400, "The body is incomplete")

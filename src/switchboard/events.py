@@ -26,6 +26,10 @@ Timestamp = Annotated[
 ]
 
 
+APPROVAL_REQUESTED = "pending_approval"
+"""The type of events with which a run asks for something to be approved."""
+
+
 @dataclass(frozen=True, slots=True)
 class NewEvent:
     """Something that happened to a run and is not written yet."""
@@ -50,6 +54,8 @@ class NewEvent:
     occurred_at: datetime | None = None
     execution_id: str | None = None
     """Our execution, where HappyRobot sends it back."""
+    resume_url: str | None = None
+    """Where the decision goes, of a request for approval."""
     dedupe_key: UUID | None = None
     """The same for every copy of this event; None when copies cannot be told apart."""
 

@@ -93,7 +93,16 @@ CHECK = "check"
 CANCEL = "cancel"
 """Asks again for a run to be stopped."""
 
-_URGENT = frozenset({CHECK, CANCEL})
+START = "start"
+"""Calls HappyRobot for an execution that was accepted; the subject is its id."""
+
+DECIDE = "decide"
+"""Tells HappyRobot what was decided; the subject is the id of the approval."""
+
+DELIVER = "deliver"
+"""Tells a customer; the subject is the id of the delivery."""
+
+_URGENT = frozenset({CHECK, CANCEL, START, DECIDE})
 """Jobs that go before all others when they come up for the first time."""
 
 _FIRST = 1
@@ -116,9 +125,15 @@ class Job:
 
     entrypoint: str
     subject: str
-    """What it is about, such as a run's id: at most one job of an entrypoint is there for a subject."""
+    """What it is about, such as a run's id: at most one job of an entrypoint is there for a subject and occasion."""
     after: float = 0.0
     """Seconds from now."""
+    occasion: str = ""
+    """Keeps it apart from a job for the same subject that is about to end."""
+
+    @property
+    def key(self) -> str:
+        return ":".join(filter(None, (self.entrypoint, self.subject, self.occasion)))
 
 
 async def enqueue(conn: AsyncConnection, jobs: Sequence[Job]) -> None:
@@ -130,7 +145,7 @@ async def enqueue(conn: AsyncConnection, jobs: Sequence[Job]) -> None:
         [job.subject.encode() for job in jobs],
         [_FIRST if job.entrypoint in _URGENT else _rank(job.after) for job in jobs],
         [timedelta(seconds=job.after) for job in jobs],
-        [f"{job.entrypoint}:{job.subject}" for job in jobs],
+        [job.key for job in jobs],
         on_conflict="skip",
     )
 

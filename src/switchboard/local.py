@@ -11,9 +11,10 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from switchboard import embedded
-from switchboard.settings import Settings
+if TYPE_CHECKING:
+    from switchboard.settings import Settings
 
 LOOPBACK = "127.0.0.1"
 
@@ -70,11 +71,13 @@ def environment(**values: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def servers(settings: Settings) -> Iterator[None]:
+def servers(settings: "Settings") -> Iterator[None]:
     """Starts the servers that the settings do not name, and names them in the environment."""
     if settings.database_url is not None and settings.redis_url is not None:
         yield
         return
+    from switchboard import embedded  # noqa: PLC0415  # a deployment names its servers
+
     with embedded.running(Path(settings.switchboard_data_dir)) as started:
         found = {}
         if settings.database_url is None:
@@ -86,7 +89,7 @@ def servers(settings: Settings) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def app_secret(settings: Settings) -> Iterator[None]:
+def app_secret(settings: "Settings") -> Iterator[None]:
     """Names a secret in the environment, in development, where none is set: a random one, kept in the data folder."""
     if settings.app_secret is not None or settings.environment == "production":
         yield
@@ -112,7 +115,7 @@ def _kept_secret(data_dir: Path) -> str:
 
 
 @contextlib.contextmanager
-def upstream(settings: Settings, *, pace: float = 0.4) -> Iterator[str | None]:
+def upstream(settings: "Settings", *, pace: float = 0.4) -> Iterator[str | None]:
     """Starts the simulator if the settings name no hook, and names it in the environment; yields its address."""
     if settings.happyrobot_webhook_url is not None:
         yield None

@@ -21,10 +21,13 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     Uuid,
+    case,
     false,
     func,
+    literal_column,
     text,
     true,
+    type_coerce,
 )
 from sqlalchemy.dialects.postgresql import JSON, JSONB
 
@@ -49,9 +52,37 @@ class ExecutionStatus(StrEnum):
     PENDING = "pending"  # stored; HappyRobot has not answered yet
     SUBMISSION_UNKNOWN = "submission_unknown"  # HappyRobot may have started it, nobody knows; never sent again
     RUNNING = "running"  # HappyRobot named its runs
+    PENDING_APPROVAL = "pending_approval"  # one of its runs waits for somebody to decide
     COMPLETED = "completed"  # all its runs are over, none failed
     FAILED = "failed"  # HappyRobot refused it, or one of its runs failed
-    CANCELLED = "cancelled"  # all its runs were canceled
+    CANCELLED = "cancelled"  # all its runs were canceled, or what it asked for was rejected
+
+
+class ApprovalStatus(StrEnum):
+    """Where a request for approval stands."""
+
+    PENDING = "pending"  # waits for a decision
+    APPROVED = "approved"
+    REJECTED = "rejected"
+    WITHDRAWN = "withdrawn"  # there is nothing to decide any more: its run is over, or its execution
+
+
+class DeliveryStatus(StrEnum):
+    """Where an outgoing webhook stands."""
+
+    PENDING = "pending"  # to be sent, for the first time or again
+    DELIVERED = "delivered"  # the customer's endpoint answered 2xx
+    FAILED = "failed"  # every attempt failed; kept, to be sent again when somebody says so
+
+
+class WebhookEvent(StrEnum):
+    """What a customer can be told of, in the Public API's words."""
+
+    STARTED = "execution.started"
+    COMPLETED = "execution.completed"
+    FAILED = "execution.failed"
+    PENDING_APPROVAL = "execution.pending_approval"
+    CANCELLED = "execution.cancelled"  # ours, and only told where it was asked for
 
 
 class KeyScope(StrEnum):
@@ -107,6 +138,15 @@ agent_runs = Table(
     Index("idx_agent_runs_execution", "execution_id"),
 )
 
+# Its object, even where a foreign INSERT has stored other JSON.
+RUN_METADATA = type_coerce(
+    case(
+        (func.jsonb_typeof(agent_runs.c.metadata) == "object", agent_runs.c.metadata),
+        else_=literal_column("'{}'::jsonb"),
+    ),
+    JSONB,
+)
+
 # One request to start a workflow, stored before HappyRobot is called.
 executions = Table(
     "executions",
@@ -127,12 +167,43 @@ executions = Table(
     Column("owner", String(255), nullable=False, server_default=""),
     # Whose API key it was, also where a browser came with a token of it.
     Column("key_id", Uuid),
-    # The process that places the call knows what became of it by then, or is gone.
-    Column("answer_by", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    # The process that places the call knows what became of it by then, or is gone. Empty while nobody has begun to.
+    Column("answer_by", DateTime(timezone=True), server_default=func.now()),
+    # When HappyRobot first named a run of it.
+    Column("began_at", DateTime(timezone=True)),
+    # Pending while there is anything to decide, else the last decision.
+    Column("approval_status", String(50)),
     # HappyRobot named no runs. Those whose callbacks name this execution are its runs.
     Column("unconfirmed", Boolean, nullable=False, server_default=false()),
     UniqueConstraint("owner", "idempotency_key", name="executions_owner_idempotency_key_key"),
     Index("idx_executions_status", "status", "created_at"),
+)
+
+# What runs have asked to have approved. Each is decided once.
+approvals = Table(
+    "approvals",
+    metadata,
+    Column("id", Uuid, primary_key=True, server_default=func.gen_random_uuid()),
+    # Its place among others of its execution.
+    Column("number", BigInteger, Identity(), nullable=False, unique=True),
+    Column("execution_id", Uuid, nullable=False),
+    Column("run_id", String(255), nullable=False),
+    Column("status", String(50), nullable=False, server_default=ApprovalStatus.PENDING),
+    # What is to be decided about, as HappyRobot sent it.
+    Column("data", JSON(none_as_null=True)),
+    Column("require_comment", Boolean, nullable=False, server_default=false()),
+    # Where the decision goes, if the request says so; forgotten when it is there, for whoever knows it can decide.
+    Column("resume_url", Text),
+    Column("comment", Text),
+    # Whose API key decided.
+    Column("decided_by", Uuid),
+    _created_at(),
+    Column("decided_at", DateTime(timezone=True)),
+    # When HappyRobot took the decision.
+    Column("told_at", DateTime(timezone=True)),
+    CheckConstraint(f"status IN ({', '.join(repr(str(status)) for status in ApprovalStatus)})", name="status_known"),
+    Index("idx_approvals_execution", "execution_id", "number"),
+    Index("idx_approvals_pending", "run_id", postgresql_where=text("status = 'pending'")),
 )
 
 # What happened, in the order in which readers may see it: ids grow in the order of commits (see runs/ingest.py).
@@ -180,6 +251,8 @@ held_callbacks = Table(
     Column("dedupe_key", Uuid, unique=True),
     # Whether it is a reason to ask HappyRobot at once.
     Column("session_ended", Boolean, nullable=False, server_default=false()),
+    # Where the decision goes, of a request for approval.
+    Column("resume_url", Text),
     Index("idx_held_callbacks_run", "run_id", "id"),
     Index("idx_held_callbacks_execution", "execution_id"),
     Index("idx_held_callbacks_created", "created_at"),
@@ -227,6 +300,16 @@ api_keys = Table(
     Column("expires_at", DateTime(timezone=True)),
     # Executions in a calendar month (UTC); any number where it is empty.
     Column("monthly_limit", Integer),
+    # Requests to the Public API: so many at once, and so many a minute; the usual ones where they are empty.
+    Column("burst", Integer),
+    Column("per_minute", Integer),
+    # Where executions of this key are reported; nowhere if it is empty.
+    Column("webhook_url", Text),
+    Column("webhook_events", ARRAY(String(50))),
+    # What reports are signed with, sealed; and the one before it, for a while.
+    Column("webhook_secret", Text),
+    Column("webhook_secret_before", Text),
+    Column("webhook_secret_before_until", DateTime(timezone=True)),
     # To the minute: not every request writes.
     Column("last_used_at", DateTime(timezone=True)),
     _created_at(),
@@ -236,6 +319,8 @@ api_keys = Table(
         name="scopes_known",
     ),
     CheckConstraint("monthly_limit > 0", name="monthly_limit_positive"),
+    CheckConstraint("burst > 0 AND per_minute > 0", name="rate_positive"),
+    CheckConstraint("webhook_url IS NULL OR webhook_secret IS NOT NULL", name="webhook_signed"),
 )
 
 # What a request must bring to be taken for one of an API key: the SHA-256 of its 64 characters. A key that is rotated
@@ -262,5 +347,50 @@ api_key_usage = Table(
     Column("executions", Integer, nullable=False),
 )
 
-SEALED = (workflows.c.hook_key,)
+# What customers are told, written with the change that it tells of.
+deliveries = Table(
+    "deliveries",
+    metadata,
+    # The same for each attempt, so that receivers recognise copies.
+    Column("id", Uuid, primary_key=True, server_default=func.gen_random_uuid()),
+    Column("number", BigInteger, Identity(), nullable=False, unique=True),
+    Column("key_id", Uuid, ForeignKey("api_keys.id", ondelete="CASCADE"), nullable=False),
+    Column("execution_id", Uuid, nullable=False),
+    Column("event", String(50), nullable=False),
+    # The bytes that are sent and signed, each time the same.
+    Column("body", LargeBinary, nullable=False),
+    Column("status", String(50), nullable=False, server_default=DeliveryStatus.PENDING),
+    # Of those since it was written, or since somebody asked for it again.
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("due_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    # Somebody is sending it, and is done or gone by then.
+    Column("claimed_until", DateTime(timezone=True)),
+    _created_at(),
+    Column("finished_at", DateTime(timezone=True)),
+    CheckConstraint(f"status IN ({', '.join(repr(str(status)) for status in DeliveryStatus)})", name="status_known"),
+    Index("idx_deliveries_key", "key_id", "number"),
+    Index("idx_deliveries_execution", "execution_id"),
+    Index("idx_deliveries_pending", "key_id", "due_at", postgresql_where=text("status = 'pending'")),
+)
+
+# What came of each attempt to send one.
+delivery_attempts = Table(
+    "delivery_attempts",
+    metadata,
+    Column("delivery_id", Uuid, ForeignKey("deliveries.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("started_at", DateTime(timezone=True), nullable=False),
+    Column("duration_ms", Integer, nullable=False),
+    # Of the answer, and how it began; empty where there was none.
+    Column("status_code", Integer),
+    Column("response", Text),
+    # Why it failed, if it did.
+    Column("error", Text),
+)
+
+SEALED = (
+    workflows.c.hook_key,
+    api_keys.c.webhook_secret,
+    api_keys.c.webhook_secret_before,
+)
 """The columns that hold secrets which are sealed with a key derived from `APP_SECRET`."""

@@ -12,8 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database
 from switchboard.access.limits import Failures
+from switchboard.access.rates import Rates
 from switchboard.access.seats import Seats
 from switchboard.access.tokens import Signer
+from switchboard.deliveries.sender import Sender
 from switchboard.happyrobot.client import HappyRobot
 from switchboard.happyrobot.lookups import Lookups
 from switchboard.live.announcer import Announcer
@@ -38,6 +40,8 @@ class State(TypedDict):
     canceler: Canceler
     hub: Hub
     intake: Intake
+    sender: Sender
+    rates: Rates
 
 
 def addresses(settings: Settings) -> tuple[str, str]:
@@ -66,6 +70,8 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
         shared = redis(once_more, timeout=0.5)
         happyrobot = HappyRobot(settings, shared, upstream)
         stack.push_async_callback(happyrobot.aclose)
+        sender = Sender(settings)
+        stack.push_async_callback(sender.aclose)
         seats = await stack.enter_async_context(Seats(db, settings).running())
         channel = Channel(db)
         # A subscription is silent for as long as nothing happens, so reading from it has no time limit.
@@ -87,4 +93,6 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
             canceler=Canceler(db, happyrobot, lookups, intake),
             hub=hub,
             intake=intake,
+            sender=sender,
+            rates=Rates(shared),
         )

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import timedelta
 
 import asyncpg
@@ -16,7 +16,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from switchboard import jobs
 from switchboard.database import dsn
+from switchboard.deliveries.delivering import Deliverer
 from switchboard.errors import will_pass
+from switchboard.runs.decisions import Decider
+from switchboard.runs.queued import Launcher
 from switchboard.runs.reconcile import Reconciler
 from switchboard.runs.sweep import sweep
 from switchboard.settings import Settings
@@ -28,8 +31,8 @@ log = structlog.stdlib.get_logger(__name__)
 _LOOK_EVERY = timedelta(seconds=2)
 """Between looks for jobs that no notification announced: behind a pooler there may be none."""
 
-_BATCH, _AT_ONCE = 10, 40
-"""Jobs that a worker picks in one go, and that it has under way."""
+_BATCH, _CALLS_AT_ONCE, _WEBHOOKS_AT_ONCE = 10, 40, 200
+"""Jobs that a worker picks in one go, and those that it has under way: for HappyRobot, and for customers."""
 
 _AFTER_TROUBLE = 10.0
 """Seconds until a job that failed is tried again."""
@@ -68,11 +71,17 @@ class _Worker:
         self._state = state
         self._stopping = stopping
         reconciler = Reconciler(state["settings"], state["db"], state["happyrobot"], state["lookups"], state["intake"])
-        self._work: dict[str, Work] = {
+        settings, db, happyrobot, intake = state["settings"], state["db"], state["happyrobot"], state["intake"]
+        launcher = Launcher(settings, db, happyrobot, intake)
+        deliverer = Deliverer(settings, db, state["sender"])
+        self._calls: dict[str, Work] = {
             jobs.RECONCILE: lambda run_id, _: reconciler.reconcile(run_id),
             jobs.CHECK: lambda run_id, _: reconciler.check(run_id),
             jobs.CANCEL: state["canceler"].again,
+            jobs.START: lambda execution_id, _: launcher.start(execution_id),
+            jobs.DECIDE: Decider(settings, db, happyrobot).tell,
         }
+        self._webhooks: dict[str, Work] = {jobs.DELIVER: lambda delivery_id, _: deliverer.deliver(delivery_id)}
 
     async def run(self) -> None:
         """Works until it is told to stop, whatever becomes of PostgreSQL in the meantime."""
@@ -87,28 +96,41 @@ class _Worker:
     async def _serve_queue(self) -> None:
         database_url, _ = addresses(self._state["settings"])
         async with asyncpg.create_pool(
-            dsn(database_url), min_size=1, max_size=4, timeout=5, command_timeout=10
+            dsn(database_url), min_size=2, max_size=6, timeout=5, command_timeout=10
         ) as pool:
-            driver = AsyncpgPoolDriver(pool)
-            queue = PgQueuer(driver, jobs.NAMES.channel, queries=jobs.queries(driver))
-            for entrypoint, work in self._work.items():
-                # Held, should PgQueuer fail to put it off because PostgreSQL is away: the sweep brings it back.
-                queue.entrypoint(entrypoint, accepts_context=False, on_failure="hold")(self._handler(work))
-            queue.schedule("sweep", "* * * * *", accepts_context=False)(self._sweep)
             # What a process that was killed has left behind is put in order at the next start.
             await self._sweep()
-            running = asyncio.create_task(
-                queue.run(dequeue_timeout=_LOOK_EVERY, batch_size=_BATCH, max_concurrent_tasks=_AT_ONCE)
-            )
+            # Apart, so that customers' endpoints which do not answer leave calls their places.
+            calls = self._queue(pool, self._calls)
+            calls.schedule("sweep", "* * * * *", accepts_context=False)(self._sweep)
+            webhooks = self._queue(pool, self._webhooks)
+            running = [
+                asyncio.create_task(
+                    queue.run(dequeue_timeout=_LOOK_EVERY, batch_size=_BATCH, max_concurrent_tasks=at_once)
+                )
+                for queue, at_once in ((calls, _CALLS_AT_ONCE), (webhooks, _WEBHOOKS_AT_ONCE))
+            ]
             stopped = asyncio.create_task(self._stopping.wait())
-            await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*running, stopped}, return_when=asyncio.FIRST_COMPLETED)
             stopped.cancel()
-            queue.shutdown.set()
-            await running
+            for queue in (calls, webhooks):
+                queue.shutdown.set()
+            ends = await asyncio.gather(*running, return_exceptions=True)
+            for error in filter(None, ends):
+                raise error
+
+    def _queue(self, pool: asyncpg.Pool, works: Mapping[str, Work]) -> PgQueuer:
+        driver = AsyncpgPoolDriver(pool)
+        queue = PgQueuer(driver, jobs.NAMES.channel, queries=jobs.queries(driver))
+        for entrypoint, work in works.items():
+            # Held, should PgQueuer fail to put it off because PostgreSQL is away: the sweep brings it back.
+            queue.entrypoint(entrypoint, accepts_context=False, on_failure="hold")(self._handler(work))
+        return queue
 
     async def _sweep(self, _: Schedule | None = None) -> None:
         state = self._state
-        await sweep(state["db"], state["intake"], state["settings"].reconcile_after)
+        settings = state["settings"]
+        await sweep(state["db"], state["intake"], settings.reconcile_after, settings.stale_after)
 
     def _handler(self, work: Work) -> Callable[[Picked], Awaitable[None]]:
         async def handle(job: Picked) -> None:

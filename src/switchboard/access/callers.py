@@ -15,9 +15,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from switchboard.access import keys, origins
 from switchboard.access.keys import ApiKey
 from switchboard.access.limits import CurrentFailures, address_of
+from switchboard.access.rates import CurrentRates
 from switchboard.access.tokens import BrowserToken, Right, Signer, TokenExpired, TokenInvalid
 from switchboard.database import Db
-from switchboard.errors import Forbidden, SwitchboardError, Unauthorized
+from switchboard.edge import add_headers
+from switchboard.errors import Forbidden, SwitchboardError, TooMany, Unauthorized
 from switchboard.settings import CurrentSettings, Settings
 from switchboard.sight import EVERYTHING, Sight
 from switchboard.tables import KeyScope
@@ -144,12 +146,16 @@ async def _with_key(db: AsyncEngine, text: str) -> Caller:
     if key is None:
         raise _Wrong
     _name_in_the_log(key)
+    await _require_good(db, key)
+    return Caller(Sight(workflows=key.workflows), _rights(key), key, expires_at=key.expires_at)
+
+
+async def _require_good(db: AsyncEngine, key: ApiKey) -> None:
     if not key.active:
         raise Forbidden("API key is inactive")
     if key.expired:
         raise Forbidden("API key has expired")
     await _note_use(db, key)
-    return Caller(Sight(workflows=key.workflows), _rights(key), key, expires_at=key.expires_at)
 
 
 def _rights(key: ApiKey) -> frozenset[Right]:
@@ -220,3 +226,28 @@ Starter = Annotated[Caller, Depends(_with(Right.TRIGGER))]
 
 Issuer = Annotated[Caller, Depends(_with_all_rights)]
 """Somebody who may let browsers in."""
+
+
+async def customer(request: Request, db: Db, failures: CurrentFailures, rates: CurrentRates, bearer: Bearer) -> Caller:
+    text = "" if bearer is None else bearer.credentials
+    key = None
+    if keys.is_one(text):
+        async with db.connect() as conn:
+            key = await keys.find(conn, text)
+    if key is not None:
+        _name_in_the_log(key)
+    # Counted before anything is said: who has no right to an answer has none to as many as they like either.
+    rate = await (failures.take(address_of(request)) if key is None else rates.take(key))
+    add_headers(request, rate.headers)
+    if rate.limited:
+        raise TooMany("Rate limit exceeded", retry_after=rate.retry_after)
+    if key is None:
+        raise Unauthorized("Invalid API key")
+    await _require_good(db, key)
+    if KeyScope.PUBLIC not in key.scopes:
+        raise Forbidden("API key is not for the Public API")
+    return Caller(Sight(workflows=key.workflows), frozenset(), key, expires_at=key.expires_at)
+
+
+Customer = Annotated[Caller, Depends(customer)]
+"""A customer's website, of the Public API: with an API key, and within its limit."""

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from sqlalchemy import ARRAY, Row, Select, Uuid, any_, cast, desc, func, insert, literal, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from switchboard.tables import KeyScope, api_key_digests, api_key_usage, api_keys
+from switchboard.tables import KeyScope, WebhookEvent, api_key_digests, api_key_usage, api_keys
 
 _FORM = re.compile(r"[0-9a-f]{64}")
 
@@ -34,6 +34,12 @@ class ApiKey:
     expires_at: datetime | None
     """Also the end of its grace, where another has taken its place."""
     monthly_limit: int | None
+    burst: int | None
+    per_minute: int | None
+    """Requests to the Public API, so many at once and so many a minute; None for the usual ones."""
+    webhook_url: str | None
+    webhook_events: frozenset[WebhookEvent] | None
+    """Those of which it wants to be told; None for the documented ones."""
     last_used_at: datetime | None
     created_at: datetime
     digest: bytes | None = None
@@ -105,6 +111,8 @@ async def create(
     workflows: Collection[str] | None = None,
     lifetime: timedelta | None = None,
     monthly_limit: int | None = None,
+    burst: int | None = None,
+    per_minute: int | None = None,
 ) -> tuple[ApiKey, SecretStr]:
     """Makes a key; the second part is the key itself, which nobody can look up later."""
     row = await conn.execute(
@@ -115,6 +123,8 @@ async def create(
             workflows=None if workflows is None else sorted(set(workflows)),
             expires_at=None if lifetime is None else func.now() + lifetime,
             monthly_limit=monthly_limit,
+            burst=burst,
+            per_minute=per_minute,
         )
         .returning(api_keys)
     )
@@ -202,6 +212,10 @@ def _api_key(row: Row[Any], *, grace: datetime | None = None, digest: bytes | No
         active=row.active,
         expires_at=min(ends, default=None),
         monthly_limit=row.monthly_limit,
+        burst=row.burst,
+        per_minute=row.per_minute,
+        webhook_url=row.webhook_url,
+        webhook_events=None if row.webhook_events is None else frozenset(map(WebhookEvent, row.webhook_events)),
         last_used_at=row.last_used_at,
         created_at=row.created_at,
         digest=digest,

@@ -7,8 +7,9 @@ from typing import Annotated
 from fastapi import Depends
 from redis.asyncio import Redis
 from starlette.requests import HTTPConnection
-from throttled.asyncio import RateLimiterType, per_min
+from throttled.asyncio import per_min
 
+from switchboard.access.rates import Rate
 from switchboard.edge import ip
 from switchboard.errors import TooMany
 from switchboard.throttling import Throttle
@@ -31,13 +32,18 @@ class Failures:
     """
 
     def __init__(self, redis: Redis, per_minute: int) -> None:
-        self._throttle = Throttle(redis, "failures", per_min(per_minute), RateLimiterType.TOKEN_BUCKET)
+        self._throttle, self._quota = Throttle(redis, "failures"), per_min(per_minute)
+
+    async def take(self, address: str) -> Rate:
+        """Counts one more of an address."""
+        key = hashlib.blake2b(address.encode(), digest_size=12).hexdigest()
+        return Rate.of(await self._throttle.limit(key, self._quota))
 
     async def count(self, address: str) -> None:
-        """Raises TooMany for one too many."""
-        result = await self._throttle.limit(hashlib.blake2b(address.encode(), digest_size=12).hexdigest())
-        if result.limited:
-            raise TooMany("Too many wrong credentials", retry_after=result.state.retry_after)
+        """Counts one more of an address; raises TooMany for one too many."""
+        rate = await self.take(address)
+        if rate.limited:
+            raise TooMany("Too many wrong credentials", retry_after=rate.retry_after)
 
 
 async def _failures(connection: HTTPConnection) -> Failures:

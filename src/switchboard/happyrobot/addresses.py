@@ -1,7 +1,10 @@
 """HappyRobot's addresses: hooks and their environments, the versions of its API, pages of its platform."""
 
 import re
+from collections.abc import Collection
 from urllib.parse import quote, urlsplit, urlunsplit
+
+from switchboard.settings import http_address
 
 _PLATFORM_UI = "https://v2.platform.happyrobot.ai"
 
@@ -46,3 +49,31 @@ def hook_for(url: str, environment: str | None) -> tuple[str, str]:
     if found["environment"] is not None:
         raise ValueError(f"the address is of {named}, not of {environment}")
     return urlunsplit(parts._replace(path=f"/hooks/{environment}/{found['slug']}")), environment
+
+
+_HAPPYROBOT = ".happyrobot.ai"
+
+
+def may_decide_at(url: str, hook_url: str, hosts: Collection[str], *, https_only: bool) -> bool:
+    """Whether a decision may be sent to an address that came with a callback.
+
+    On the hook's own host, at HappyRobot, and on hosts that somebody has listed. Elsewhere it has to be encrypted.
+    """
+    try:
+        there, hook = urlsplit(http_address(url)), urlsplit(hook_url)
+        at_the_hook = (there.hostname, there.port) == (hook.hostname, hook.port) and there.scheme == hook.scheme
+    except ValueError:
+        return False
+    if at_the_hook:
+        return there.scheme == "https" or not https_only
+    host = there.hostname or ""
+    listed = host in {each.lower() for each in hosts} or there.netloc.lower() in {each.lower() for each in hosts}
+    return there.scheme == "https" and (host.endswith(_HAPPYROBOT) or listed)
+
+
+def takes_hook_key(url: str, hook_url: str) -> bool:
+    """Whether a hook's key may be sent to an address: not to hosts that have nothing to do with the hook."""
+    there, hook = urlsplit(url), urlsplit(hook_url)
+    if (there.hostname or "").endswith(_HAPPYROBOT) and (hook.hostname or "").endswith(_HAPPYROBOT):
+        return there.scheme == "https"
+    return there.netloc == hook.netloc and there.scheme == hook.scheme

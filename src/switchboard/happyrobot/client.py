@@ -227,6 +227,19 @@ class HappyRobot:
             raise Unknown(f"HappyRobot answered {status} without naming a run")
         return run_ids
 
+    async def decide(self, hook: Hook, decision: dict[str, Any]) -> None:
+        """Tells a workflow that waits what was decided. Raises Refused, and NoAnswer where it may not have heard."""
+        headers = {"X-API-KEY": hook.key.get_secret_value()} if hook.key else {}
+        headers["Idempotency-Key"] = str(decision["approval_id"])
+        try:
+            async with asyncio.timeout(self._settings.happyrobot_trigger_timeout):
+                request = self._hooks.build_request("POST", hook.url, json=decision, headers=headers)
+                response, _ = await _send(self._hooks, request)
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+            raise NoAnswer(f"HappyRobot did not answer ({type(error).__name__})") from error
+        if not response.is_success:
+            raise Refused(response.status_code)
+
     # The Platform API. Everything below raises NoAnswer, and takes its turns in HappyRobot's pace.
 
     @property

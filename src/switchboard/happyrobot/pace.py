@@ -8,7 +8,7 @@ from datetime import timedelta
 from fractions import Fraction
 
 from redis.asyncio import Redis
-from throttled.asyncio import Quota, RateLimiterType, per_duration
+from throttled.asyncio import Quota, per_duration
 
 from switchboard.throttling import Throttle
 
@@ -30,13 +30,13 @@ class Pace:
     def __init__(self, redis: Redis, account: str, pace: float) -> None:
         """`account` is what HappyRobot counts by; only a digest of it leaves this process."""
         self._key = hashlib.blake2b(account.encode(), digest_size=12).hexdigest()
-        self._throttle = Throttle(redis, "pace", _quota(pace), RateLimiterType.GCRA)
+        self._throttle, self._quota = Throttle(redis, "pace"), _quota(pace)
 
     async def turn(self, patience: float) -> bool:
         """Waits for a turn, for `patience` seconds at most; whether there was one."""
         deadline = time.monotonic() + patience
         while True:
-            result = await self._throttle.limit(self._key)
+            result = await self._throttle.limit(self._key, self._quota)
             if not result.limited:
                 return True
             # Spread, so that those who wait do not all come back in the same moment.

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, TypeA
 from pydantic_core import PydanticCustomError, from_json, to_json
 
 from switchboard.bodies import Id, ShortText, Text, check
-from switchboard.events import NewEvent
+from switchboard.events import APPROVAL_REQUESTED, NewEvent
 from switchboard.tables import RunStatus
 
 # Only these words of a callback say where a run stands. Workflow authors design the rest: a `scheduled` or
@@ -24,6 +24,7 @@ _CALLBACK_WORDS = {
     "failed": RunStatus.FAILED,
     "canceled": RunStatus.CANCELED,
     "cancelled": RunStatus.CANCELED,
+    APPROVAL_REQUESTED: RunStatus.RUNNING,  # it waits, and is not over
 }
 
 # The Platform API's words: v1, v2, and the guide's `pending`.
@@ -67,12 +68,14 @@ class CallbackIn(BaseModel):
 
     run_id: Id = Field(description="HappyRobot's run.", examples=["19184e4c-74ca-474a-8978-e77f5a661e4f"])
     event_type: Id = Field(
-        description="`log`, `running`, `completed`, `failed`, `canceled`, or a word of the workflow's author.",
+        description="`log`, `running`, `completed`, `failed`, `canceled`, `pending_approval`, or a word of the "
+        "workflow's author.",
         examples=["log"],
     )
     timestamp: _Timestamp = Field(None, description="When it happened.", examples=["2026-01-15T09:30:00.250Z"])
     data: Any = Field(None, description="Anything.", examples=[{"message": "Agent said hello"}])
     execution_id: ShortText | None = Field(None, description="Our execution, if the workflow echoes it.")
+    resume_url: Any = Field(None, description="Where the decision is to be sent, with `pending_approval`.")
 
 
 class _CloudEventData(BaseModel):
@@ -181,7 +184,7 @@ def _read_cloud_event(event: _CloudEvent, data: Any) -> NewEvent:
 
 
 def _read_guide_callback(callback: CallbackIn, raw: bytes) -> NewEvent:
-    return NewEvent(
+    event = NewEvent(
         callback.run_id,
         callback.event_type,
         callback.data,
@@ -191,7 +194,20 @@ def _read_guide_callback(callback: CallbackIn, raw: bytes) -> NewEvent:
         execution_id=callback.execution_id,
         dedupe_key=_key(callback.run_id, "body", raw) if _tells_copies_apart(callback.timestamp) else None,
     )
+    return _without_resume_url(event, callback.resume_url) if event.event_type == APPROVAL_REQUESTED else event
 
+
+def _without_resume_url(event: NewEvent, beside: Any) -> NewEvent:
+    """A request for approval whose data may be shown: whoever knows where the decision goes can decide."""
+    data, inside = event.data, None
+    if isinstance(data, dict):
+        inside = data.get(_RESUME_URL)
+        data = {name: value for name, value in data.items() if name != _RESUME_URL}
+    address = next((each for each in (beside, inside) if isinstance(each, str) and each), None)
+    return replace(event, data=data, outcome=None, resume_url=address)
+
+
+_RESUME_URL = "resume_url"
 
 _ID: TypeAdapter[str] = TypeAdapter(Annotated[Id, Strict()])
 _MOST_DIGITS = 4000

@@ -1,6 +1,6 @@
 """The one writer: everything that happens to a run is written here, in the order in which readers see it."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -21,11 +21,8 @@ from sqlalchemy import (
     func,
     insert,
     literal,
-    literal_column,
-    null,
     select,
     text,
-    type_coerce,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -33,8 +30,12 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.events import Event, NewEvent
+from switchboard.executions import COLUMNS
 from switchboard.jobs import CHECK, RECONCILE, Job, enqueue, hasten, is_asleep
+from switchboard.runs import approvals, settling
 from switchboard.runs.sorting import (
+    Decision,
+    GivenUp,
     NewRuns,
     News,
     Noted,
@@ -46,8 +47,16 @@ from switchboard.runs.sorting import (
     Unconfirmed,
     Written,
 )
-from switchboard.runs.status import Standing, execution_status
-from switchboard.tables import ExecutionStatus, RunStatus, agent_runs, executions, held_callbacks, run_events
+from switchboard.runs.status import Standing
+from switchboard.tables import (
+    RUN_METADATA,
+    ExecutionStatus,
+    RunStatus,
+    agent_runs,
+    executions,
+    held_callbacks,
+    run_events,
+)
 
 # Ids are handed out before commit, so a reader that resumes after N could miss an event that committed later under
 # a smaller id. Writers therefore take turns, from before the first id until after the commit. What a turn costs is
@@ -76,13 +85,16 @@ async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after:
     could wait for: turns come first. `reconcile_after` is in seconds.
     """
     await conn.execute(_TURN)
+    verdicts = await approvals.decide(conn, [item for item in news if isinstance(item, Decision)])
     events = [item for item in news if isinstance(item, NewEvent)]
     soon = timedelta(seconds=reconcile_after)
-    runs = await _load_runs(conn, {event.run_id for event in events}, soon)
+    runs = await _load_runs(conn, {event.run_id for event in (*events, *verdicts.events)}, soon)
     await _load_newest_events(conn, [runs[event.run_id] for event in events if _depends(event, runs)])
+    noted, failed = await _note(conn, [item for item in news if isinstance(item, Unconfirmed)])
+    failed += await _give_up(conn, [item for item in news if isinstance(item, GivenUp)])
     starts = [
         *(item for item in news if isinstance(item, NewRuns)),
-        *await _note(conn, [item for item in news if isinstance(item, Unconfirmed)]),
+        *noted,
         # After it: an execution that is missing its runs since just now may be named by what came with it.
         *await _adopt(conn, [event for event in events if event.run_id not in runs]),
     ]
@@ -92,17 +104,22 @@ async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after:
         runs |= await _load_runs(conn, {run_id for start in starts for run_id in start.run_ids}, soon)
     claimed = await _claim(conn, [run.run_id for run in runs.values() if run.has_held])
     sorting = Sorting(runs, await _seen(conn, [*claimed, *events]))
-    for event in (*beginnings, *claimed):
+    for event in (*beginnings, *claimed, *verdicts.events):
         sorting.sort(event)
-    verdicts = iter([sorting.sort(event) for event in events])
+    sorted_events = iter([sorting.sort(event) for event in events])
     await _hold(conn, sorting.early)
     written = await _append(conn, sorting.rows)
     moved = [run for run in runs.values() if run.changed]
     await _move_runs(conn, moved)
-    await _move_executions(
-        conn,
-        {run.execution_id for run in moved if run.execution_id is not None} | {start.execution_id for start in starts},
-    )
+    asked = await approvals.record(conn, sorting.requests)
+    await approvals.withdraw_for(conn, [run.run_id for run in moved if run.now.over])
+    touched = {
+        *(run.execution_id for run in moved if run.execution_id is not None),
+        *(start.execution_id for start in starts),
+        *(approval.execution_id for approval in asked),
+        *verdicts.execution_ids,
+    }
+    told = [*await settling.failed(conn, failed), *await settling.settle(conn, touched, asked)]
     spoke = {event.run_id for event in written}
     await hasten(
         conn,
@@ -117,20 +134,35 @@ async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after:
             *(Job(RECONCILE, event.run_id, reconcile_after) for event in beginnings),
             *sorting.jobs,
             *(Job(CHECK, run_id, _SETTLES_IN) for run_id in ended),
+            *verdicts.jobs,
+            *told,
         ],
     )
+    return Written(_outcomes(news, sorted_events, written, starts, iter(verdicts.outcomes)), written)
+
+
+def _outcomes(
+    news: Sequence[News],
+    sorted_events: Iterator[Outcome | int],
+    written: Sequence[Event],
+    starts: Sequence[NewRuns],
+    verdicts: Iterator[Outcome],
+) -> list[Outcome]:
+    """What came of each of the news, in their order."""
     outcomes: list[Outcome] = []
     for item in news:
         match item:
             case NewRuns():
                 outcomes.append(Registered())
-            case Unconfirmed():
+            case Unconfirmed() | GivenUp():
                 named = (start.run_ids for start in starts if start.execution_id == item.execution_id)
                 outcomes.append(Noted(list(dict.fromkeys(run_id for run_ids in named for run_id in run_ids))))
+            case Decision():
+                outcomes.append(next(verdicts))
             case NewEvent():
-                verdict = next(verdicts)
-                outcomes.append(Recorded(written[verdict]) if isinstance(verdict, int) else verdict)
-    return Written(outcomes, written)
+                place = next(sorted_events)
+                outcomes.append(Recorded(written[place]) if isinstance(place, int) else place)
+    return outcomes
 
 
 def _depends(event: NewEvent, runs: Mapping[str, Run]) -> bool:
@@ -143,9 +175,12 @@ async def _load_newest_events(conn: AsyncConnection, runs: Sequence[Run]) -> Non
         run.newest_event = await conn.scalar(newest) or 0
 
 
-async def _note(conn: AsyncConnection, ends: Sequence[Unconfirmed]) -> list[NewRuns]:
-    """Writes down how triggers ended that brought no runs; returns the runs whose callbacks are held for them."""
-    starts = []
+async def _note(conn: AsyncConnection, ends: Sequence[Unconfirmed]) -> tuple[list[NewRuns], list[Row[Any]]]:
+    """Writes down how triggers ended that brought no runs.
+
+    Returns the runs whose callbacks are held for them, and the executions that have failed.
+    """
+    starts, failed = [], []
     for end in ends:
         # Not if its runs are known after all: somebody else may have been quicker.
         noted = await conn.execute(
@@ -158,12 +193,33 @@ async def _note(conn: AsyncConnection, ends: Sequence[Unconfirmed]) -> list[NewR
                 updated_at=func.now(),
                 completed_at=func.now() if end.status is ExecutionStatus.FAILED else None,
             )
-            .returning(executions)
+            .returning(*COLUMNS, executions.c.context_id, executions.c.name, executions.c.description)
         )
-        if (execution := noted.one_or_none()) is not None:
-            held = select(held_callbacks.c.run_id).where(held_callbacks.c.execution_id == str(execution.id)).distinct()
-            starts.append(_adopted(execution, list(await conn.scalars(held))))
-    return [start for start in starts if start.run_ids]
+        if (execution := noted.one_or_none()) is None:
+            continue
+        held = select(held_callbacks.c.run_id).where(held_callbacks.c.execution_id == str(execution.id)).distinct()
+        if run_ids := list(await conn.scalars(held)):
+            starts.append(_adopted(execution, run_ids))
+        elif end.status is ExecutionStatus.FAILED:
+            failed.append(execution)
+    return starts, failed
+
+
+async def _give_up(conn: AsyncConnection, lost: Sequence[GivenUp]) -> list[Row[Any]]:
+    """Writes down that nobody waits for these executions any more; a run that names one is still its run."""
+    if not lost:
+        return []
+    given_up = await conn.execute(
+        update(executions)
+        .where(
+            executions.c.id == any_(literal([each.execution_id for each in lost], ARRAY(Uuid))),
+            executions.c.status == ExecutionStatus.SUBMISSION_UNKNOWN,
+            executions.c.completed_at.is_(None),
+        )
+        .values(completed_at=func.now(), updated_at=func.now())
+        .returning(*COLUMNS)
+    )
+    return list(given_up)
 
 
 async def _adopt(conn: AsyncConnection, strays: Sequence[NewEvent]) -> list[NewRuns]:
@@ -234,11 +290,6 @@ async def _insert_runs(conn: AsyncConnection, start: NewRuns) -> list[NewEvent]:
     return [NewEvent(run_id, "triggered", data) for run_id in start.run_ids if run_id in added]
 
 
-# A foreign INSERT may have stored any JSON.
-_METADATA = case(
-    (func.jsonb_typeof(agent_runs.c.metadata) == "object", agent_runs.c.metadata), else_=literal_column("'{}'::jsonb")
-)
-
 _LOAD_RUNS = select(
     agent_runs.c.run_id,
     agent_runs.c.context_id,
@@ -246,8 +297,8 @@ _LOAD_RUNS = select(
     agent_runs.c.execution_id,
     agent_runs.c.status,
     agent_runs.c.timed_out,
-    type_coerce(_METADATA, JSONB).has_key("result").label("has_result"),
-    type_coerce(_METADATA, JSONB).has_key("error").label("has_error"),
+    RUN_METADATA.has_key("result").label("has_result"),
+    RUN_METADATA.has_key("error").label("has_error"),
     # Where somebody else than us wrote the row, nobody has claimed them yet.
     exists().where(held_callbacks.c.run_id == agent_runs.c.run_id).label("has_held"),
     # It had been silent for long, so that its next question is far off.
@@ -295,7 +346,7 @@ _MOVE_RUN = (
     .values(
         status=bindparam("new_status"),
         timed_out=bindparam("guessed"),
-        metadata=_METADATA.op("-", return_type=JSONB())(bindparam("lost", type_=ARRAY(Text))).concat(
+        metadata=RUN_METADATA.op("-", return_type=JSONB())(bindparam("lost", type_=ARRAY(Text))).concat(
             bindparam("gained", type_=JSONB)
         ),
         completed_at=case((bindparam("over", type_=Boolean), func.coalesce(agent_runs.c.completed_at, func.now()))),
@@ -323,29 +374,6 @@ async def _move_runs(conn: AsyncConnection, runs: Sequence[Run]) -> None:
     )
 
 
-async def _move_executions(conn: AsyncConnection, execution_ids: Collection[UUID]) -> None:
-    """Sets executions to what their runs make of them."""
-    if not execution_ids:
-        return
-    rows = await conn.execute(
-        select(agent_runs.c.execution_id, func.array_agg(agent_runs.c.status).label("statuses"))
-        .where(agent_runs.c.execution_id == any_(literal(list(execution_ids), ARRAY(Uuid))))
-        .group_by(agent_runs.c.execution_id)
-    )
-    for row in rows:
-        status = execution_status(map(RunStatus, row.statuses))
-        await conn.execute(
-            update(executions)
-            .where(executions.c.id == row.execution_id, executions.c.status != status)
-            .values(
-                status=status,
-                error=null(),  # that HappyRobot did not answer is no longer so
-                updated_at=func.now(),
-                completed_at=null() if status is ExecutionStatus.RUNNING else func.now(),
-            )
-        )
-
-
 async def _hold(conn: AsyncConnection, early: Sequence[NewEvent]) -> None:
     if not early:
         return
@@ -361,6 +389,7 @@ async def _hold(conn: AsyncConnection, early: Sequence[NewEvent]) -> None:
                 "occurred_at": event.occurred_at,
                 "dedupe_key": event.dedupe_key,
                 "session_ended": event.session_ended,
+                "resume_url": event.resume_url,
             }
             for event in early
         ],
@@ -389,6 +418,7 @@ async def _claim(conn: AsyncConnection, run_ids: Collection[str]) -> list[NewEve
             execution_id=row.execution_id,
             dedupe_key=row.dedupe_key,
             session_ended=row.session_ended,
+            resume_url=row.resume_url,
         )
         for row in sorted(rows, key=lambda row: row.id)
     ]

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from enum import StrEnum
+from typing import Any, Literal
 from uuid import UUID
 
-from switchboard.events import Event, NewEvent
+from switchboard.events import APPROVAL_REQUESTED, Event, NewEvent
 from switchboard.jobs import CHECK, Job
 from switchboard.runs.status import Standing, advance, timed_out
-from switchboard.tables import ExecutionStatus, RunStatus
+from switchboard.tables import ApprovalStatus, ExecutionStatus, RunStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,27 @@ class Unconfirmed:
     error: str
 
 
-News = NewEvent | NewRuns | Unconfirmed
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """An execution that HappyRobot never confirmed, and of which nothing was heard for too long."""
+
+    execution_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What somebody has decided about what an execution asks to have approved."""
+
+    execution_id: UUID
+    verdict: Literal[ApprovalStatus.APPROVED, ApprovalStatus.REJECTED]
+    comment: str | None = None
+    approval_id: UUID | None = None
+    """Which request, if they say so; else the one that is pending."""
+    key_id: UUID | None = None
+    """Whose API key it was."""
+
+
+News = NewEvent | NewRuns | Unconfirmed | GivenUp | Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +92,32 @@ class Held:
     """Its run is not known yet; it is kept until the run is."""
 
 
-Outcome = Recorded | Registered | Noted | Duplicate | Unchanged | Held
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """It is decided so, by this decision or by an earlier one."""
+
+    approval_id: UUID
+
+
+class Undecided(StrEnum):
+    """Why a decision does not count."""
+
+    NOTHING_PENDING = "nothing_pending"
+    OTHERWISE = "otherwise"  # it was decided before, the other way
+    NEEDS_COMMENT = "needs_comment"
+
+
+Outcome = Recorded | Registered | Noted | Duplicate | Unchanged | Held | Decided | Undecided
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Something that a run of an execution asks to have approved."""
+
+    execution_id: UUID
+    run_id: str
+    data: Any
+    resume_url: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +198,8 @@ class Sorting:
     early: list[NewEvent] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     """What is to be done because of them."""
+    requests: list[Request] = field(default_factory=list)
+    """What is to be approved because of them."""
 
     def sort(self, event: NewEvent) -> Outcome | int:
         """What becomes of an event: the place of its row, or the reason why it has none."""
@@ -175,6 +223,8 @@ class Sorting:
             self.jobs.append(Job(CHECK, run.run_id))
         if event.then is not None:
             self.jobs.append(event.then)
+        if event.event_type == APPROVAL_REQUESTED and run.execution_id is not None and not run.now.over:
+            self.requests.append(Request(run.execution_id, run.run_id, event.data, event.resume_url))
         self.rows.append(
             {
                 "run_id": run.run_id,

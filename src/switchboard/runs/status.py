@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from switchboard.tables import FINAL, ExecutionStatus, RunStatus
+from switchboard.tables import FINAL, ApprovalStatus, ExecutionStatus, RunStatus
 
 _ORDER = {
     RunStatus.PENDING: 0,
@@ -44,11 +44,17 @@ def advance(current: Standing, word: RunStatus | None) -> Standing:
     return Standing(word) if _ORDER[word] > _ORDER[current.status] else current
 
 
-def execution_status(runs: Iterable[RunStatus]) -> ExecutionStatus:
-    """What its runs make of an execution: running until all are over; then any failure is the execution's."""
+def execution_status(runs: Iterable[RunStatus], approval: ApprovalStatus | None = None) -> ExecutionStatus:
+    """What its runs and decisions make of an execution: under way until all are over; then any failure is its own.
+
+    One that was rejected is over, whatever its runs do until they have stopped.
+    """
+    if approval is ApprovalStatus.REJECTED:
+        return ExecutionStatus.CANCELLED
     statuses = set(runs)
     if not statuses <= FINAL:
-        return ExecutionStatus.RUNNING
+        waits = approval is ApprovalStatus.PENDING
+        return ExecutionStatus.PENDING_APPROVAL if waits else ExecutionStatus.RUNNING
     if RunStatus.FAILED in statuses:
         return ExecutionStatus.FAILED
     if RunStatus.COMPLETED in statuses:

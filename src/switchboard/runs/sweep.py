@@ -3,15 +3,15 @@
 from datetime import timedelta
 
 import structlog
-from sqlalchemy import and_, func, or_, select
+from sqlalchemy import String, and_, cast, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import jobs
 from switchboard.runs.intake import Intake
 from switchboard.runs.reconcile import GIVE_UP_AFTER
-from switchboard.runs.sorting import Unconfirmed
+from switchboard.runs.sorting import GivenUp, Unconfirmed
 from switchboard.runs.trigger import STOPPED
-from switchboard.tables import FINAL, ExecutionStatus, RunStatus, agent_runs, executions
+from switchboard.tables import FINAL, ExecutionStatus, RunStatus, agent_runs, deliveries, executions
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -19,10 +19,16 @@ _AT_ONCE = 1000
 """Runs or executions in one sweep; the next one goes on."""
 
 
-async def sweep(db: AsyncEngine, intake: Intake, reconcile_after: float) -> None:
-    """Settles executions whose process is gone, watches runs that nobody watches, and puts the queue in order."""
+_LOST = timedelta(minutes=1)
+"""How long something waits that has a job, at least before it is taken to have lost it."""
+
+
+async def sweep(db: AsyncEngine, intake: Intake, reconcile_after: float, stale_after: float) -> None:
+    """Settles executions whose process is gone, does what nobody does, and puts the queue in order."""
     await _settle(db, intake)
+    await _give_up(db, intake, stale_after)
     await _watch(db, reconcile_after)
+    await _find_lost(db)
     async with db.begin() as conn:
         await jobs.revive(conn)
         await jobs.tidy(conn)
@@ -40,6 +46,38 @@ async def _settle(db: AsyncEngine, intake: Intake) -> None:
         log.warning("execution unconfirmed; the process that placed its call is gone", execution_id=execution_id)
         # Never sent again: the call may have been placed.
         await intake.take(Unconfirmed(execution_id, ExecutionStatus.SUBMISSION_UNKNOWN, STOPPED))
+
+
+async def _give_up(db: AsyncEngine, intake: Intake, stale_after: float) -> None:
+    """Waits no more for executions that HappyRobot never confirmed; a callback that names one still finds it."""
+    query = (
+        select(executions.c.id)
+        .where(
+            executions.c.status == ExecutionStatus.SUBMISSION_UNKNOWN,
+            executions.c.completed_at.is_(None),
+            executions.c.updated_at < func.now() - timedelta(seconds=stale_after),
+        )
+        .limit(_AT_ONCE)
+    )
+    async with db.connect() as conn:
+        lost = list(await conn.scalars(query))
+    for execution_id in lost:
+        await intake.take(GivenUp(execution_id))
+
+
+async def _find_lost(db: AsyncEngine) -> None:
+    """Sees to it that what is accepted is started, and what is posted is sent."""
+    long_ago = func.now() - _LOST
+    for job, table, waits in (
+        (jobs.START, executions, executions.c.answer_by.is_(None) & (executions.c.created_at < long_ago)),
+        (jobs.DELIVER, deliveries, deliveries.c.due_at < long_ago),
+    ):
+        is_pending = table.c.status == "pending"  # of both
+        subject = cast(table.c.id, String)
+        query = select(subject).where(is_pending, waits, ~jobs.is_queued(job, subject)).limit(_AT_ONCE)
+        async with db.begin() as conn:
+            found = list(await conn.scalars(query))
+            await jobs.enqueue(conn, [jobs.Job(job, each) for each in found])
 
 
 async def _watch(db: AsyncEngine, reconcile_after: float) -> None:

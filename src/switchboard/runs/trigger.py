@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 from uuid import UUID, uuid4
@@ -9,7 +10,7 @@ from uuid import UUID, uuid4
 import structlog
 from fastapi import Header
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import Row, func, literal, select
+from sqlalchemy import Row, and_, func, literal, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,6 +20,7 @@ from switchboard.access.callers import Caller
 from switchboard.access.quotas import count_one
 from switchboard.bodies import Id, ShortText, Text
 from switchboard.errors import Conflict, ErrorOut, Forbidden, NotConfigured, NotFound, TriggerFailed, Unprocessable
+from switchboard.executions import COLUMNS
 from switchboard.happyrobot.client import HappyRobot, HappyRobotError, Unknown
 from switchboard.runs.ingest import DEFAULT_NAME
 from switchboard.runs.intake import Intake
@@ -101,35 +103,81 @@ async def start(
     workflow_id = request.workflow_id or DEFAULT_WORKFLOW
     if not caller.sight.covers(request.context_id, workflow_id):
         raise Forbidden("Not allowed for this context or workflow")
-    execution_id, owner = uuid4(), caller.owner(request.context_id)
+    execution = NewExecution(
+        uuid4(), workflow_id, request.context_id, request.name, request.description, body, idempotency_key
+    )
     async with db.begin() as conn:
-        if idempotency_key is not None and (known := await _known(conn, owner, idempotency_key, body)) is not None:
-            return await _told_again(conn, known)
-        workflow = await _workflow(conn, settings, workflow_id)
-        new = await _write_down(conn, settings, execution_id, caller, workflow_id, request, body, idempotency_key)
-        if not new:
-            # Somebody with the same key was quicker, by less than a commit.
-            assert idempotency_key is not None  # noqa: S101  # nothing else is unique
-            known = await _known(conn, owner, idempotency_key, body)
-            assert known is not None  # noqa: S101  # the insert has waited for it
-            return await _told_again(conn, known)
-        if caller.key is not None:
-            # Last: others of this key wait from here until the commit.
-            await count_one(conn, caller.key)
+        stored = await store(conn, settings, caller, execution)
+        if not isinstance(stored, Workflow):
+            return await _told_again(conn, stored)
+    runs = NewRuns(execution.id, workflow_id, request.context_id, request.name or DEFAULT_NAME, request.description, ())
+    run_ids = await place(happyrobot, intake, settings, stored, runs, body)
+    return TriggerOut(success=True, run_ids=run_ids, execution_id=execution.id)
+
+
+@dataclass(frozen=True, slots=True)
+class NewExecution:
+    """A request to start a workflow."""
+
+    id: UUID
+    workflow_id: str
+    context_id: str
+    name: str | None
+    description: str | None
+    body: dict[str, Any]
+    idempotency_key: str | None
+    at_once: bool = True
+    """Whether its call is placed by whoever stores it, and now."""
+
+
+async def store(
+    conn: AsyncConnection, settings: Settings, caller: Caller, execution: NewExecution
+) -> Workflow | Row[Any]:
+    """Stores a request, and counts it, in the caller's transaction; returns the workflow that it is to start.
+
+    If its key was used before, nothing is stored, and the execution that it stands for is returned. Raises NotFound for
+    an unknown workflow, Forbidden for a disabled one and for one execution too many, Unprocessable for a key that was
+    used for something else.
+    """
+    owner = caller.owner(execution.context_id)
+    if (known := await _known(conn, owner, execution)) is not None:
+        return known
+    workflow = await _workflow(conn, settings, execution.workflow_id)
+    if not await _write_down(conn, settings, caller, execution):
+        # Somebody with the same key was quicker, by less than a commit.
+        known = await _known(conn, owner, execution)
+        assert known is not None  # noqa: S101  # nothing else is unique, and the insert has waited for it
+        return known
+    if caller.key is not None:
+        # Last: others of this key wait from here until the commit.
+        await count_one(conn, caller.key)
+    return workflow
+
+
+async def place(
+    happyrobot: HappyRobot,
+    intake: Intake,
+    settings: Settings,
+    workflow: Workflow,
+    runs: NewRuns,
+    body: dict[str, Any],
+) -> list[str]:
+    """Calls HappyRobot for an execution that is stored, and records the runs that it names; `runs` says whose.
+
+    Raises TriggerFailed when HappyRobot did not confirm; what is known then is written down.
+    """
     # Ours come last, so that nobody can send the callbacks elsewhere.
-    payload = {**body, "callback_url": settings.callback_url, "execution_id": str(execution_id)}
+    payload = {**body, "callback_url": settings.callback_url, "execution_id": str(runs.execution_id)}
     with intake.expecting():
         try:
             run_ids = await happyrobot.trigger(workflow.hook, payload)
         except HappyRobotError as error:
-            raise await _unconfirmed(intake, execution_id, error) from error
+            raise await _unconfirmed(intake, runs.execution_id, error) from error
         except asyncio.CancelledError as error:
             # The service stops, and has waited for as long as it could. The caller is still there to be told.
-            raise await _unconfirmed(intake, execution_id, Unknown(STOPPED)) from error
-        name = request.name or DEFAULT_NAME
-        runs = NewRuns(execution_id, workflow_id, request.context_id, name, request.description, run_ids)
-        await _record(intake, runs)
-    return TriggerOut(success=True, run_ids=run_ids, execution_id=execution_id)
+            raise await _unconfirmed(intake, runs.execution_id, Unknown(STOPPED)) from error
+        await _record(intake, replace(runs, run_ids=run_ids))
+    return run_ids
 
 
 async def _workflow(conn: AsyncConnection, settings: Settings, workflow_id: str) -> Workflow:
@@ -141,64 +189,57 @@ async def _workflow(conn: AsyncConnection, settings: Settings, workflow_id: str)
     if workflow is None:
         raise NotFound("Workflow not found")
     if not workflow.active:
-        raise Forbidden("Workflow is disabled")
+        raise Forbidden("Workflow is inactive")
     return workflow
 
 
-async def _write_down(
-    conn: AsyncConnection,
-    settings: Settings,
-    execution_id: UUID,
-    caller: Caller,
-    workflow_id: str,
-    request: TriggerIn,
-    body: dict[str, Any],
-    idempotency_key: str | None,
-) -> bool:
+def answer_by(settings: Settings) -> Any:
+    """When whoever begins to place a call now knows what became of it, or is gone; as SQL."""
+    return func.now() + timedelta(seconds=2 * settings.happyrobot_trigger_timeout + _MARGIN)
+
+
+async def _write_down(conn: AsyncConnection, settings: Settings, caller: Caller, execution: NewExecution) -> bool:
     """Stores the execution; False if its key is taken."""
-    limit = timedelta(seconds=2 * settings.happyrobot_trigger_timeout + _MARGIN)
     stored = await conn.execute(
         upsert(executions)
         .values(
-            id=execution_id,
-            workflow_id=workflow_id,
-            context_id=request.context_id,
-            name=request.name,
-            description=request.description,
-            input=body,
-            idempotency_key=idempotency_key,
-            owner=caller.owner(request.context_id),
+            id=execution.id,
+            workflow_id=execution.workflow_id,
+            context_id=execution.context_id,
+            name=execution.name,
+            description=execution.description,
+            input=execution.body,
+            idempotency_key=execution.idempotency_key,
+            owner=caller.owner(execution.context_id),
             key_id=caller.key_id,
-            answer_by=func.now() + limit,
+            answer_by=answer_by(settings) if execution.at_once else None,
         )
         .on_conflict_do_nothing(index_elements=["owner", "idempotency_key"])
     )
     return stored.rowcount == 1
 
 
-async def _known(conn: AsyncConnection, owner: str, idempotency_key: str, body: dict[str, Any]) -> Row[Any] | None:
-    """The execution that this key stands for, whose call is not being placed any more."""
-    query = select(
-        executions.c.id,
-        executions.c.status,
-        executions.c.error,
-        (executions.c.input == literal(body, JSONB)).label("same"),
-    ).where(executions.c.owner == owner, executions.c.idempotency_key == idempotency_key)
-    known: Row[Any] | None = (await conn.execute(query)).one_or_none()
-    if known is None:
+async def _known(conn: AsyncConnection, owner: str, execution: NewExecution) -> Row[Any] | None:
+    """The execution that this one's key stands for already."""
+    if execution.idempotency_key is None:
         return None
-    if not known.same:
+    same = and_(executions.c.input == literal(execution.body, JSONB), executions.c.workflow_id == execution.workflow_id)
+    query = select(*COLUMNS, same.label("same")).where(
+        executions.c.owner == owner, executions.c.idempotency_key == execution.idempotency_key
+    )
+    known: Row[Any] | None = (await conn.execute(query)).one_or_none()
+    if known is not None and not known.same:
         raise Unprocessable("This Idempotency-Key was used with another body")
-    if known.status == ExecutionStatus.PENDING:
-        raise Conflict(
-            "A request with this Idempotency-Key is in progress",
-            execution_id=str(known.id),
-            status=ExecutionStatus.PENDING,
-        )
     return known
 
 
 async def _told_again(conn: AsyncConnection, execution: Row[Any]) -> TriggerOut:
+    if execution.status == ExecutionStatus.PENDING:
+        raise Conflict(
+            "A request with this Idempotency-Key is in progress",
+            execution_id=str(execution.id),
+            status=ExecutionStatus.PENDING,
+        )
     query = select(agent_runs.c.run_id).where(agent_runs.c.execution_id == execution.id).order_by(agent_runs.c.id)
     if run_ids := list(await conn.scalars(query)):
         return TriggerOut(success=True, run_ids=run_ids, execution_id=execution.id)

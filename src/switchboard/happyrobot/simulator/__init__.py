@@ -6,9 +6,10 @@ rest of Switchboard: what the two know of each other went over the wire.
 
 from switchboard.happyrobot.simulator.api import ApiRequest
 from switchboard.happyrobot.simulator.app import Simulator, create_app
+from switchboard.happyrobot.simulator.decisions import Decision
 from switchboard.happyrobot.simulator.faults import Faults
 from switchboard.happyrobot.simulator.hook import Call
 from switchboard.happyrobot.simulator.records import Shape
 from switchboard.happyrobot.simulator.run import Run
 
-__all__ = ["ApiRequest", "Call", "Faults", "Run", "Shape", "Simulator", "create_app"]
+__all__ = ["ApiRequest", "Call", "Decision", "Faults", "Run", "Shape", "Simulator", "create_app"]

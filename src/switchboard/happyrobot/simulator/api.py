@@ -41,13 +41,11 @@ class PlatformApi:
         *,
         api_key: str | None,
         shape: records.Shape,
-        cancel: Callable[[Run], None],
         closing: asyncio.Event,
     ) -> None:
         self.runs = runs
         self.api_key = api_key
         self.shape = shape
-        self.cancel = cancel
         self.closing = closing
         self.requests: list[ApiRequest] = []
 
@@ -139,7 +137,7 @@ class PlatformApi:
         await json_object(request)
         if run.over:
             raise HTTPException(409, f"run is already {run.status}")
-        self.cancel(run)
+        run.cancel(reason="canceled_by_request")
         return JSONResponse({"status": "canceled"})
 
     def _run(self, request: Request) -> Run:

@@ -5,7 +5,7 @@ import json
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -21,11 +21,12 @@ from starlette.routing import Route
 
 from switchboard.happyrobot.simulator.api import ApiRequest, PlatformApi
 from switchboard.happyrobot.simulator.bodies import is_key, json_object, refusal
+from switchboard.happyrobot.simulator.decisions import Decision, Decisions
 from switchboard.happyrobot.simulator.faults import Faults
 from switchboard.happyrobot.simulator.hook import HOOKS, Broken, Call, Wishes, queued
 from switchboard.happyrobot.simulator.records import Shape, session_changed
 from switchboard.happyrobot.simulator.run import Run
-from switchboard.happyrobot.simulator.story import Step, tell
+from switchboard.happyrobot.simulator.story import PENDING_APPROVAL, tell
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Simulator:
         pace: float = 0.4,
         faults: Faults = Faults(),  # noqa: B008 -- frozen
         cloud_events: bool = False,
+        approval: bool = False,
         shape: Shape = "nested",
         backoff: Sequence[float] = (0.05, 0.15, 0.45),
         transport: httpx.AsyncBaseTransport | None = None,
@@ -56,11 +58,13 @@ class Simulator:
         self.pace = pace  # seconds before each step of a story
         self.faults = faults
         self.cloud_events = cloud_events  # tell of sessions in this form, too
+        self.approval = approval  # ask for one half-way
         self.backoff = backoff  # seconds before each further attempt at a callback
         self.calls: list[Call] = []
         self.runs: dict[str, Run] = {}
         self._closing = asyncio.Event()
-        self._api = PlatformApi(self.runs, api_key=api_key, shape=shape, cancel=cancel, closing=self._closing)
+        self._api = PlatformApi(self.runs, api_key=api_key, shape=shape, closing=self._closing)
+        self._decisions = Decisions(self.runs, key=hook_key)
         self._client = httpx.AsyncClient(
             transport=transport,
             timeout=10,
@@ -74,7 +78,9 @@ class Simulator:
             routes=[
                 *(Route(path, partial(self._hook, stage), methods=["POST"]) for path, stage in HOOKS.items()),
                 *self._api.routes,
+                self._decisions.route,
                 Route("/simulator/calls", self._show_calls),
+                Route("/simulator/decisions", self._show_decisions),
                 Route("/simulator/requests", self._show_requests),
                 Route("/simulator/faults", self._set_faults, methods=["PUT"]),
                 Route("/simulator/healthz", healthz),
@@ -87,6 +93,11 @@ class Simulator:
     def requests(self) -> list[ApiRequest]:
         """Every request to the Platform API, in order."""
         return self._api.requests
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """Every request to an address that takes decisions, in order."""
+        return self._decisions.received
 
     async def settled(self) -> None:
         """Waits until every story is over and its callbacks are answered or given up."""
@@ -120,7 +131,7 @@ class Simulator:
         if not is_key(request.headers.get("x-api-key"), self.hook_key):
             raise HTTPException(401, "invalid X-API-KEY")
         call.payload = await json_object(request)
-        wishes = Wishes.of(call.payload, self.faults, self.cloud_events)
+        wishes = Wishes.of(call.payload, self.faults, self.cloud_events, self.approval)
         faults = wishes.faults
         if faults.answer is not None and faults.answer.isdecimal():
             raise HTTPException(int(faults.answer), "the simulator was told to answer so")
@@ -129,7 +140,16 @@ class Simulator:
             return JSONResponse({"status": f"queued 0 parallel sequences, {wishes.runs} failed"})
 
         runs = [
-            Run(call.slug, call.environment, call.payload, wishes.outcome, faults, wishes.cloud_events)
+            Run(
+                call.slug,
+                call.environment,
+                call.payload,
+                wishes.outcome,
+                faults,
+                base_url=str(request.base_url).rstrip("/"),
+                cloud_events=wishes.cloud_events,
+                approval=wishes.approval,
+            )
             for _ in range(wishes.runs)
         ]
         self.runs |= {run.id: run for run in runs}
@@ -149,12 +169,7 @@ class Simulator:
 
     async def _hold(self, request: Request) -> Response:
         """Keeps the caller waiting until it hangs up or the simulator closes."""
-        ends = [asyncio.ensure_future(self._closing.wait()), asyncio.ensure_future(request.receive())]
-        try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for end in ends:
-                end.cancel()
+        await first_of(self._closing.wait(), request.receive())
         return JSONResponse({"message": "the simulator is closing"}, 503)
 
     # Stories
@@ -169,18 +184,21 @@ class Simulator:
 
     async def _tell(self, run: Run) -> None:
         try:
-            for step in tell(run.payload, run.outcome):
+            for step in tell(run.payload, run.outcome, run.approval):
                 with suppress(TimeoutError):
                     await asyncio.wait_for(run.canceled.wait(), self.pace)
                 if run.over:
                     break
                 event = run.advance(step)
+                if step.event_type == PENDING_APPROVAL:
+                    await self._ask(run, event)
+                    continue
                 if run.cloud_events and step.event_type != "log":
                     await self._send(run, session_changed(run), "application/cloudevents+json")
                 if not run.faults.reorder:
                     await self._call_back(run, event)
             if run.faults.reorder:
-                for event in shuffled(run.events):
+                for event in shuffled([event for event in run.events if event["event_type"] != PENDING_APPROVAL]):
                     await self._call_back(run, event)
             elif run.canceled.is_set():
                 if run.cloud_events:
@@ -188,6 +206,12 @@ class Simulator:
                 await self._call_back(run, run.events[-1])
         finally:
             run.called_back.set()
+
+    async def _ask(self, run: Run, event: dict[str, Any]) -> None:
+        """Waits for a decision or the run's end; whoever is to decide hears of it at once, also with `reorder`."""
+        await self._call_back(run, event)
+        run.called_back.set()  # if none was tried by now, none will be before the decision
+        await first_of(run.decided.wait(), run.canceled.wait())
 
     # Callbacks
 
@@ -232,6 +256,9 @@ class Simulator:
     async def _show_calls(self, _request: Request) -> Response:
         return JSONResponse([call.shown() for call in self.calls])
 
+    async def _show_decisions(self, _request: Request) -> Response:
+        return JSONResponse([decision.shown() for decision in self.decisions])
+
     async def _show_requests(self, _request: Request) -> Response:
         shown = {
             "total": len(self.requests),
@@ -259,10 +286,14 @@ def create_app(**options: Any) -> Starlette:
     return Simulator(**options).app
 
 
-def cancel(run: Run) -> None:
-    """Ends the run at once; its story notices, and sends the callback."""
-    run.advance(Step("canceled", {"reason": "canceled_by_request", "duration_seconds": run.duration}))
-    run.canceled.set()
+async def first_of(*awaitables: Awaitable[object]) -> None:
+    """Waits until one of them has happened, and for the others no longer."""
+    waits = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def shuffled(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

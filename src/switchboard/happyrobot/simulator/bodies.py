@@ -1,13 +1,16 @@
-"""Reading JSON bodies and keys, and saying no."""
+"""Reading JSON bodies, headers and keys, and saying no."""
 
 import json
 import secrets
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+
+HEADERS_OF_INTEREST = ("content-type", "idempotency-key", "user-agent", "x-api-key", "x-request-id")
 
 
 async def json_object(request: Request) -> dict[str, Any]:
@@ -29,6 +32,15 @@ def _not_json(constant: str) -> None:
 def is_key(given: str | None, key: str | None) -> bool:
     """Where no key is set, every request is welcome."""
     return key is None or secrets.compare_digest((given or "").encode(), key.encode())
+
+
+def headers_of_interest(request: Request) -> dict[str, str]:
+    return {name: request.headers[name] for name in HEADERS_OF_INTEREST if name in request.headers}
+
+
+def masked(headers: Mapping[str, str]) -> dict[str, str]:
+    """For others to see: without the key itself, which may be a real one."""
+    return {name: "***" if name == "x-api-key" else value for name, value in headers.items()}
 
 
 async def refusal(request: Request, error: Exception) -> Response:

@@ -27,6 +27,7 @@ class Faults:
     api_delay: float = 0.0
     api_answer: str | None = None
     api_missing: float = 0.0
+    resume_answer: str | None = None  # how a decision is answered, which is then not taken: an HTTP status
 
     @classmethod
     def parse(cls, text: str) -> "Faults":
@@ -53,7 +54,7 @@ def _value(name: str, value: object) -> Any:
             return _seconds(name, value)
         case "answer":
             return _answer(name, value, NAMED_ANSWERS)
-        case "api_answer":
+        case "api_answer" | "resume_answer":
             return _answer(name, value)
         case "duplicate" | "reorder" | "drop_final" | "silent" | "call_back_first" | "hang" | "disconnect" | "fail":
             return _switch(name, value)

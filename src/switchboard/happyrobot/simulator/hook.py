@@ -11,8 +11,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from switchboard.happyrobot.simulator.bodies import headers_of_interest, masked
 from switchboard.happyrobot.simulator.faults import Faults
-from switchboard.happyrobot.simulator.story import Outcome
+from switchboard.happyrobot.simulator.story import Approval, Outcome
 
 HOOKS = {
     "/hooks/{slug}": "production",
@@ -20,7 +21,6 @@ HOOKS = {
     "/hooks/development/{slug}": "development",
     "/webhook/{slug}": "production",  # as older instructions write it
 }
-HEADERS_OF_INTEREST = ("content-type", "idempotency-key", "user-agent", "x-api-key", "x-request-id")
 MOST_RUNS = 100
 
 
@@ -38,15 +38,10 @@ class Call:
 
     @classmethod
     def of(cls, request: Request, environment: str) -> "Call":
-        headers = {name: request.headers[name] for name in HEADERS_OF_INTEREST if name in request.headers}
-        return cls(request.path_params["slug"], environment, headers)
+        return cls(request.path_params["slug"], environment, headers_of_interest(request))
 
     def shown(self) -> dict[str, Any]:
-        """For others to see: without the key itself, which may be a real one."""
-        shown = asdict(self) | {"at": self.at.isoformat()}
-        if "x-api-key" in shown["headers"]:
-            shown["headers"]["x-api-key"] = "***"
-        return shown
+        return asdict(self) | {"at": self.at.isoformat(), "headers": masked(self.headers)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +52,10 @@ class Wishes:
     outcome: Outcome
     faults: Faults
     cloud_events: bool
+    approval: Approval | None
 
     @classmethod
-    def of(cls, payload: dict[str, Any], usual: Faults, cloud_events: bool) -> "Wishes":
+    def of(cls, payload: dict[str, Any], usual: Faults, cloud_events: bool, approval: bool) -> "Wishes":
         given = payload.get("simulate", {})
         if not isinstance(given, dict):
             raise HTTPException(400, "simulate must be an object")
@@ -76,7 +72,19 @@ class Wishes:
         cloud_events = given.get("cloud_events", cloud_events)
         if not isinstance(cloud_events, bool):
             raise HTTPException(400, "simulate.cloud_events must be true or false")
-        return cls(runs, outcome, faults, cloud_events)
+        return cls(runs, outcome, faults, cloud_events, _approval(given.get("approval", approval)))
+
+
+def _approval(given: object) -> Approval | None:
+    match given:
+        case False:
+            return None
+        case True:
+            return Approval()
+        case {"require_comment": bool(required), **rest} if not rest:
+            return Approval(require_comment=required)
+        case _:
+            raise HTTPException(400, "simulate.approval must be true, false or an object with require_comment")
 
 
 def queued(faults: Faults, run_ids: list[str], afterwards: BackgroundTask) -> Response:

@@ -1,16 +1,26 @@
 """One simulated run: how far its story has come, and what has been said."""
 
 import asyncio
+import secrets
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 from uuid import NAMESPACE_URL, uuid4, uuid5
 
 from switchboard.happyrobot.simulator.faults import Faults
-from switchboard.happyrobot.simulator.story import Line, Outcome, Role, Step, spoken_seconds
+from switchboard.happyrobot.simulator.story import (
+    PENDING_APPROVAL,
+    Approval,
+    Line,
+    Outcome,
+    Role,
+    Step,
+    spoken_seconds,
+)
 
 Status = Literal["scheduled", "running", "completed", "failed", "canceled"]
 OVER: tuple[Status, ...] = ("completed", "failed", "canceled")
+Verdict = Literal["approved", "rejected"]
 
 
 def now() -> datetime:
@@ -43,7 +53,9 @@ class Run:
     payload: dict[str, Any]
     outcome: Outcome
     faults: Faults
+    base_url: str  # under which the trigger reached the simulator
     cloud_events: bool = False  # beside the callbacks
+    approval: Approval | None = None
     id: str = field(default_factory=lambda: str(uuid4()))
     created_at: datetime = field(default_factory=now)
     status: Status = "scheduled"
@@ -54,7 +66,10 @@ class Run:
     events: list[dict[str, Any]] = field(default_factory=list)  # every callback it gives rise to, sent or not
     clock: datetime = field(default_factory=now)  # of its last event
     started: bool = False  # its story is being told
-    canceled: asyncio.Event = field(default_factory=asyncio.Event)  # through the API
+    token: str | None = None  # of the address that takes the decision; None: not asked for yet
+    verdict: Verdict | None = None
+    decided: asyncio.Event = field(default_factory=asyncio.Event)
+    canceled: asyncio.Event = field(default_factory=asyncio.Event)  # from outside, not by its story
     called_back: asyncio.Event = field(default_factory=asyncio.Event)  # a first callback was tried
 
     @property
@@ -84,10 +99,25 @@ class Run:
             self.messages.append(Message(message_id, step.line.role, step.line.text, at))
         elif step.event_type == "running":
             self.status, self.started_at = "running", at
-        else:
+        elif step.event_type != PENDING_APPROVAL:
             self.status = next(status for status in OVER if status == step.event_type)
             self.completed_at, self.ending = at, step.data
         event = {"run_id": self.id, "event_type": step.event_type, "timestamp": stamp(at), "data": step.data}
+        if step.event_type == PENDING_APPROVAL:
+            self.token = secrets.token_urlsafe(24)
+            event["resume_url"] = f"{self.base_url}/resume/{self.id}/{self.token}"
         event |= {name: self.payload[name] for name in ("execution_id", "context_id") if name in self.payload}
         self.events.append(event)
         return event
+
+    def cancel(self, **why: Any) -> None:
+        """Ends the run at once; its story notices, and sends the callback."""
+        self.advance(Step("canceled", why | {"duration_seconds": self.duration}))
+        self.canceled.set()
+
+    def decide(self, verdict: Verdict, comment: object) -> None:
+        """Lets the story go on, or ends it."""
+        self.verdict = verdict
+        if verdict == "rejected":
+            self.cancel(reason="rejected", comment=comment)
+        self.decided.set()

@@ -8,6 +8,8 @@ from typing import Any, Literal
 Outcome = Literal["completed", "failed", "canceled"]
 Role = Literal["assistant", "user"]
 
+PENDING_APPROVAL = "pending_approval"  # the event with which a call asks for a decision
+
 SPEAKERS: dict[Role, str] = {"assistant": "Agent", "user": "Carrier"}
 WORDS_A_SECOND = 2.5  # an unhurried phone voice
 HIGHEST_RATE = 1_000_000
@@ -26,6 +28,13 @@ class Step:
     event_type: str
     data: dict[str, Any] = field(default_factory=dict)
     line: Line | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """What a call asks for before its second half."""
+
+    require_comment: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +79,19 @@ class Load:
         )
 
 
-def tell(payload: Mapping[str, Any], outcome: Outcome) -> list[Step]:
-    """The call from its first ring to its end. One that does not complete breaks off half-way."""
+def tell(payload: Mapping[str, Any], outcome: Outcome, approval: Approval | None) -> list[Step]:
+    """The call from its first ring to its end. One that does not complete breaks off half-way.
+
+    An approval is asked for in the middle of what is said: in a call that completes, before the agent agrees to the
+    carrier's rate.
+    """
     load = Load.of(payload)
     lines = conversation(load)
     if outcome != "completed":
         lines = lines[: len(lines) // 2]
     logs = [Step("log", {"message": f"{SPEAKERS[line.role]}: {line.text}", "role": line.role}, line) for line in lines]
+    if approval is not None:
+        logs.insert(-(-len(logs) // 2), asking(payload, load, approval))
     return [Step("running"), *logs, ending(load, outcome, spoken_seconds(lines))]
 
 
@@ -100,6 +115,34 @@ def conversation(load: Load) -> list[Line]:
         carrier(f"MC {load.mc_number}."),
         agent("Thank you, that checks out. The rate confirmation is on its way to your inbox. Drive safe!"),
     ]
+
+
+def asking(payload: Mapping[str, Any], load: Load, approval: Approval) -> Step:
+    """What somebody is to look through: a message for each row of the payload's `csvData`, or else the rate."""
+    match payload.get("csvData"):
+        case [_, *_] as people if all(isinstance(person, dict) for person in people):
+            title, description = "Review the messages", "One for each recipient; they are sent once approved."
+            rows = [person | {"generated_content": invitation(person, load)} for person in people]
+        case _:
+            title = f"Review the rate for load {load.reference}"
+            description = f"{load.carrier} asks for more than the ${load.offered:,} offered."
+            content = f"${load.agreed:,} all in, with detention paid after two hours."
+            facts = {"reference": load.reference, "carrier": load.carrier, "agreed_rate": load.agreed}
+            rows = [facts | {"generated_content": content}]
+    rows = [row | {"compliance_status": "passed"} for row in rows]
+    metadata = {
+        "totalRows": len(rows),
+        "title": title,
+        "description": description,
+        "allowBulkApproval": True,
+        "requireComment": approval.require_comment,
+    }
+    fields = list(dict.fromkeys(name for row in rows for name in row))
+    return Step(PENDING_APPROVAL, {"rows": rows, "metadata": metadata, "displayFields": fields})
+
+
+def invitation(person: Mapping[str, Any], load: Load) -> str:
+    return f"Hello {person.get('name') or 'there'}, can you run {load.origin} to {load.destination}, {load.pickup}?"
 
 
 def ending(load: Load, outcome: Outcome, seconds: int) -> Step:

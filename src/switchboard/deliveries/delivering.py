@@ -1,0 +1,199 @@
+"""Sending what is in the outbox: claim it, send it, write down what came of it. No transaction is open meanwhile."""
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import structlog
+from sqlalchemy import Float, Row, and_, cast, exists, extract, func, insert, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from switchboard.access.webhooks import Endpoint, endpoint_of
+from switchboard.deliveries.sender import TIMEOUT, Attempt, Sender
+from switchboard.deliveries.signing import headers
+from switchboard.settings import Settings
+from switchboard.tables import DeliveryStatus, deliveries, delivery_attempts
+
+log = structlog.stdlib.get_logger(__name__)
+
+PAUSES = (1.0, 5.0, 15.0)
+"""Seconds after each attempt that failed until the next one; then it is left alone."""
+
+_CLAIM = 2 * TIMEOUT
+"""Seconds for which a delivery is one sender's, who is gone if it is not done by then."""
+
+_AT_ONCE = 8
+"""Webhooks that are under way to one customer from one process."""
+
+_LONGEST_WAIT = 60.0
+"""Seconds after which one that had to wait for others of its customer looks again, at most."""
+
+_SOON = 0.2
+"""Seconds after which it looks again, at least."""
+
+
+def pause_after(failures: int) -> float | None:
+    """Seconds until the next attempt after so many that failed; None when there is none."""
+    return PAUSES[failures - 1] if failures <= len(PAUSES) else None
+
+
+@dataclass(slots=True)
+class Lane:
+    """What is under way to one customer from this process.
+
+    An endpoint that does not answer keeps no more than its own lane busy: what finds it full is told when to come back.
+    """
+
+    sending: int = 0
+    away: dict[UUID, float] = field(default_factory=dict)
+    """When those are to come back that were sent away."""
+    usually: float = 0.1
+    """Seconds that an attempt takes, of late."""
+
+    @property
+    def is_full(self) -> bool:
+        return self.sending >= _AT_ONCE
+
+    def send_away(self, delivery_id: UUID) -> float:
+        """Seconds until it may be the turn of one more."""
+        now = time.monotonic()
+        # Those that are overdue came back elsewhere.
+        self.away = {each: until for each, until in self.away.items() if until > now and each != delivery_id}
+        wait = min(max(_SOON, (len(self.away) / _AT_ONCE + 1) * self.usually), _LONGEST_WAIT)
+        self.away[delivery_id] = now + wait
+        return wait
+
+    def note(self, seconds: float) -> None:
+        self.usually += (seconds - self.usually) / 4
+
+
+class Deliverer:
+    """Sends webhooks, each in a job of its own."""
+
+    def __init__(self, settings: Settings, db: AsyncEngine, sender: Sender) -> None:
+        self._settings = settings
+        self._db = db
+        self._sender = sender
+        self._lanes: dict[UUID, Lane] = {}
+
+    async def deliver(self, subject: str) -> float | None:
+        """Sends a delivery if it is due; seconds until it is to be looked at again, None when it is done with."""
+        delivery_id = UUID(subject)
+        async with self._db.connect() as conn:
+            waiting = await _waiting(conn, delivery_id)
+        if waiting is None:
+            return None
+        if waiting.due_in > 0:
+            return float(waiting.due_in)
+        lane = self._lanes.setdefault(waiting.key_id, Lane())
+        if lane.is_full or not waiting.is_first:
+            return lane.send_away(delivery_id)
+        lane.away.pop(delivery_id, None)
+        lane.sending += 1
+        try:
+            return await self._send(delivery_id, lane)
+        finally:
+            lane.sending -= 1
+            if not lane.sending and not lane.away:
+                self._lanes.pop(waiting.key_id, None)
+
+    async def _send(self, delivery_id: UUID, lane: Lane) -> float | None:
+        async with self._db.begin() as conn:
+            delivery = await _claim(conn, delivery_id)
+            endpoint = None if delivery is None else await endpoint_of(conn, self._settings, delivery.key_id)
+        if delivery is None:
+            return _CLAIM  # somebody else is sending it
+        began = time.monotonic()
+        attempt = await self._attempt(delivery, endpoint)
+        lane.note(time.monotonic() - began)
+        pause = None if attempt.delivered or endpoint is None else pause_after(delivery.failures + 1)
+        async with self._db.begin() as conn:
+            await _write_down(conn, delivery, attempt, pause)
+        if not attempt.delivered:
+            log.warning(
+                "webhook not delivered",
+                delivery_id=delivery.id,
+                execution_id=delivery.execution_id,
+                status=attempt.status_code,
+                error=attempt.error,
+                again_in=pause,
+            )
+        return pause
+
+    async def _attempt(self, delivery: Row[Any], endpoint: Endpoint | None) -> Attempt:
+        if endpoint is None:
+            return Attempt(datetime.now(UTC), 0, error="the API key was revoked, or is reported to nobody any more")
+        signed = headers(
+            [secret.get_secret_value() for secret in endpoint.secrets],
+            event=delivery.event,
+            execution_id=delivery.execution_id,
+            delivery_id=delivery.id,
+            timestamp=int(time.time()),
+            body=delivery.body,
+        )
+        return await self._sender.send(endpoint.url, signed, delivery.body)
+
+
+_is_pending = deliveries.c.status == DeliveryStatus.PENDING
+
+
+async def _waiting(conn: AsyncConnection, delivery_id: UUID) -> Row[Any] | None:
+    """A delivery that is to be sent: whose it is, in how many seconds, and whether it is the next of its execution."""
+    earlier = deliveries.alias()
+    # Its first attempt is not over: what follows would overtake it. An endpoint that fails does not hold up the rest.
+    not_tried = and_(earlier.c.status == DeliveryStatus.PENDING, earlier.c.failures == 0)
+    query = select(
+        deliveries.c.key_id,
+        cast(extract("epoch", deliveries.c.due_at - func.clock_timestamp()), Float).label("due_in"),
+        ~exists()
+        .where(earlier.c.execution_id == deliveries.c.execution_id, earlier.c.number < deliveries.c.number, not_tried)
+        .label("is_first"),
+    ).where(deliveries.c.id == delivery_id, _is_pending)
+    return (await conn.execute(query)).one_or_none()
+
+
+async def _claim(conn: AsyncConnection, delivery_id: UUID) -> Row[Any] | None:
+    """Makes a delivery ours for a while; None if it is somebody else's, or done with."""
+    nobodys = or_(deliveries.c.claimed_until.is_(None), deliveries.c.claimed_until < func.now())
+    claimed = await conn.execute(
+        update(deliveries)
+        .where(deliveries.c.id == delivery_id, _is_pending, nobodys)
+        .values(claimed_until=func.now() + timedelta(seconds=_CLAIM))
+        .returning(deliveries)
+    )
+    found: Row[Any] | None = claimed.one_or_none()
+    return found
+
+
+async def _write_down(conn: AsyncConnection, delivery: Row[Any], attempt: Attempt, pause: float | None) -> None:
+    """Writes down what came of an attempt; `pause` is in seconds, None where it was the last one."""
+    values: dict[str, Any] = {"claimed_until": None}
+    if attempt.delivered:
+        values |= {"status": DeliveryStatus.DELIVERED, "finished_at": func.now()}
+    else:
+        values["failures"] = delivery.failures + 1
+        if pause is None:
+            values |= {"status": DeliveryStatus.FAILED, "finished_at": func.now()}
+        else:
+            values["due_at"] = func.now() + timedelta(seconds=pause)
+    mine = update(deliveries).where(deliveries.c.id == delivery.id)
+    if not attempt.delivered:
+        # Not if it has taken so long that somebody else has claimed it.
+        mine = mine.where(deliveries.c.claimed_until == delivery.claimed_until)
+    await conn.execute(mine.values(values))
+    so_far = select(func.coalesce(func.max(delivery_attempts.c.number), 0)).where(
+        delivery_attempts.c.delivery_id == delivery.id
+    )
+    await conn.execute(
+        insert(delivery_attempts).values(
+            delivery_id=delivery.id,
+            number=so_far.scalar_subquery() + 1,
+            started_at=attempt.started_at,
+            duration_ms=attempt.duration_ms,
+            status_code=attempt.status_code,
+            response=attempt.response,
+            error=attempt.error,
+        )
+    )

@@ -1,0 +1,101 @@
+"""What was sent to whom, and sending it again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import ARRAY, Row, Uuid, any_, func, literal, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from switchboard.jobs import DELIVER, Job, enqueue
+from switchboard.tables import DeliveryStatus, WebhookEvent, deliveries, delivery_attempts
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which deliveries somebody wants to see; None narrows nothing."""
+
+    key_id: UUID | None = None
+    status: DeliveryStatus | None = None
+    execution_id: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A delivery and all attempts to send it, the first one first."""
+
+    id: UUID
+    number: int
+    key_id: UUID
+    execution_id: UUID
+    event: WebhookEvent
+    status: DeliveryStatus
+    created_at: datetime
+    due_at: datetime | None
+    """When it is sent next; None for one that is done with."""
+    attempts: Sequence[Row[Any]]
+
+
+async def listed(conn: AsyncConnection, wanted: Wanted, *, limit: int, before: int | None = None) -> Sequence[Delivery]:
+    """Deliveries, newest first; `before` is the number of the last one of the page before."""
+    query = select(deliveries).order_by(deliveries.c.number.desc()).limit(limit)
+    for column, value in (
+        (deliveries.c.key_id, wanted.key_id),
+        (deliveries.c.status, wanted.status),
+        (deliveries.c.execution_id, wanted.execution_id),
+    ):
+        if value is not None:
+            query = query.where(column == value)
+    if before is not None:
+        query = query.where(deliveries.c.number < before)
+    rows = (await conn.execute(query)).all()
+    attempts = await _attempts(conn, [row.id for row in rows])
+    return [
+        Delivery(
+            row.id,
+            row.number,
+            row.key_id,
+            row.execution_id,
+            WebhookEvent(row.event),
+            DeliveryStatus(row.status),
+            row.created_at,
+            row.due_at if row.status == DeliveryStatus.PENDING else None,
+            attempts.get(row.id, []),
+        )
+        for row in rows
+    ]
+
+
+async def _attempts(conn: AsyncConnection, delivery_ids: Sequence[UUID]) -> dict[UUID, list[Row[Any]]]:
+    query = (
+        select(delivery_attempts)
+        .where(delivery_attempts.c.delivery_id == any_(literal(delivery_ids, ARRAY(Uuid))))
+        .order_by(delivery_attempts.c.delivery_id, delivery_attempts.c.number)
+    )
+    found: dict[UUID, list[Row[Any]]] = {}
+    for row in await conn.execute(query):
+        found.setdefault(row.delivery_id, []).append(row)
+    return found
+
+
+async def send_again(conn: AsyncConnection, delivery_id: UUID, *, key_id: UUID | None = None) -> DeliveryStatus | None:
+    """Sends a delivery again, as often as a new one; returns where it stood before, None if there is none of this id.
+
+    One that is still to be sent stays as it is. With `key_id`, another key's does not exist.
+    """
+    query = select(deliveries.c.status).where(deliveries.c.id == delivery_id).with_for_update()
+    if key_id is not None:
+        query = query.where(deliveries.c.key_id == key_id)
+    before = await conn.scalar(query)
+    if before is None:
+        return None
+    if before != DeliveryStatus.PENDING:
+        await conn.execute(
+            update(deliveries)
+            .where(deliveries.c.id == delivery_id)
+            .values(status=DeliveryStatus.PENDING, failures=0, due_at=func.now(), claimed_until=None, finished_at=None)
+        )
+        await enqueue(conn, [Job(DELIVER, str(delivery_id), occasion=uuid4().hex)])
+    return DeliveryStatus(before)

@@ -1,0 +1,155 @@
+"""`/api/v1/public/executions/{id}`: what is to be approved, and deciding it."""
+
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import ConfigDict, Field
+
+from switchboard import bodies
+from switchboard.access.callers import Customer
+from switchboard.bodies import Text, check
+from switchboard.database import Db
+from switchboard.errors import PUBLIC, BadRequest, Conflict
+from switchboard.events import Timestamp
+from switchboard.executions import approval_data
+from switchboard.public.executions import ExecutionId, find
+from switchboard.public.shapes import Camel, body_of, refusals
+from switchboard.runs.approvals import pending_of
+from switchboard.runs.intake import CurrentIntake, Intake
+from switchboard.runs.sorting import Decided, Decision, Undecided
+from switchboard.tables import ApprovalStatus
+
+router = APIRouter(prefix=PUBLIC)
+
+_NOTHING_PENDING = "Execution is not waiting for approval"
+
+
+class PendingOut(Camel):
+    """What is to be decided about."""
+
+    id: UUID
+    workflow_id: str
+    status: Literal["pending_approval"]
+    approval_data: dict[str, Any] = Field(description="As the workflow sent it: `rows`, `metadata`, `displayFields`.")
+    started_at: Timestamp
+    approval_id: UUID = Field(description="Which request this is: send it with the decision to decide no other.")
+
+
+class DecisionIn(Camel):
+    """A decision."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    comment: Text | None = Field(None, description="Why; required where the request's `requireComment` is true.")
+    approval_id: Text | None = Field(
+        None, description="The request that is meant; the one that is pending unless given."
+    )
+
+
+class DecisionOut(Camel):
+    """It is decided."""
+
+    execution_id: UUID
+    status: Literal["approved", "rejected"]
+    message: str
+
+
+async def _decision_body(request: Request) -> Any:
+    raw = await bodies.read(request)
+    return bodies.parse(raw) if raw else {}
+
+
+# The body may be missing: there need not be anything to say.
+_DecisionBody = Annotated[Any, Depends(_decision_body)]
+
+
+@router.get("/executions/{id}/pending-approval", summary="Get what is to be approved", responses=refusals(404, 409))
+async def pending_approval(db: Db, caller: Customer, execution_id: ExecutionId) -> PendingOut:
+    """What an execution waits for. 409 if there is nothing to decide."""
+    async with db.connect() as conn:
+        execution = await find(conn, caller, execution_id)
+        approval = await pending_of(conn, execution.id)
+    if approval is None:
+        raise Conflict(_NOTHING_PENDING)
+    return PendingOut(
+        id=execution.id,
+        workflow_id=execution.workflow_id,
+        status="pending_approval",
+        approval_data=approval_data(approval.data),
+        started_at=execution.created_at,
+        approval_id=approval.id,
+    )
+
+
+@router.post(
+    "/executions/{id}/approve",
+    summary="Approve, and let it continue",
+    responses=refusals(400, 404, 408, 409, 413),
+    openapi_extra=body_of(DecisionIn, required=False),
+)
+async def approve(
+    db: Db,
+    intake: CurrentIntake,
+    caller: Customer,
+    execution_id: ExecutionId,
+    body: _DecisionBody,
+) -> DecisionOut:
+    """Lets an execution continue. The first decision counts: the same again is answered alike, the opposite 409."""
+    return await _decide(db, intake, caller, execution_id, body, ApprovalStatus.APPROVED)
+
+
+@router.post(
+    "/executions/{id}/reject",
+    summary="Reject, and stop it",
+    responses=refusals(400, 404, 408, 409, 413),
+    openapi_extra=body_of(DecisionIn, required=False),
+)
+async def reject(
+    db: Db,
+    intake: CurrentIntake,
+    caller: Customer,
+    execution_id: ExecutionId,
+    body: _DecisionBody,
+) -> DecisionOut:
+    """Stops an execution, and all of its calls that are under way. The first decision counts."""
+    return await _decide(db, intake, caller, execution_id, body, ApprovalStatus.REJECTED)
+
+
+_MESSAGES = {
+    ApprovalStatus.APPROVED: "Execution approved and will continue",
+    ApprovalStatus.REJECTED: "Execution rejected and stopped",
+}
+
+_REFUSALS = {
+    Undecided.NOTHING_PENDING: Conflict(_NOTHING_PENDING),
+    Undecided.OTHERWISE: Conflict("Execution was decided the other way"),
+    Undecided.NEEDS_COMMENT: BadRequest("comment required"),
+}
+
+
+async def _decide(
+    db: Db,
+    intake: Intake,
+    caller: Customer,
+    execution_id: str,
+    body: Any,
+    verdict: Literal[ApprovalStatus.APPROVED, ApprovalStatus.REJECTED],
+) -> DecisionOut:
+    decision = check(DecisionIn, body)
+    async with db.connect() as conn:
+        execution = await find(conn, caller, execution_id)
+    outcome = await intake.take(
+        Decision(execution.id, verdict, decision.comment, _uuid(decision.approval_id), caller.key_id)
+    )
+    if not isinstance(outcome, Decided):
+        assert isinstance(outcome, Undecided)  # noqa: S101  # nothing else comes of a decision
+        raise _REFUSALS[outcome]
+    return DecisionOut(execution_id=execution.id, status=verdict.value, message=_MESSAGES[verdict])
+
+
+def _uuid(text: str | None) -> UUID | None:
+    try:
+        return None if text is None else UUID(text)
+    except ValueError:
+        raise Conflict(_NOTHING_PENDING) from None

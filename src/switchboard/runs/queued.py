@@ -1,0 +1,117 @@
+"""Executions that are accepted first and started by a worker: the Public API's."""
+
+from typing import Any
+from uuid import UUID, uuid4
+
+import structlog
+from sqlalchemy import Row, Select, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from switchboard.access.callers import Caller
+from switchboard.errors import TriggerFailed
+from switchboard.executions import COLUMNS
+from switchboard.happyrobot.client import HappyRobot
+from switchboard.jobs import START, Job, enqueue
+from switchboard.runs.ingest import DEFAULT_NAME
+from switchboard.runs.intake import Intake
+from switchboard.runs.sorting import NewRuns, Unconfirmed
+from switchboard.runs.trigger import NewExecution, answer_by, place, store
+from switchboard.sealing import SealBroken, SecretMissing
+from switchboard.settings import Settings
+from switchboard.tables import ExecutionStatus, executions
+from switchboard.workflows import Workflow, find
+
+log = structlog.stdlib.get_logger(__name__)
+
+MOST_ROWS = 100
+"""Rows of `csvData` that a workflow is sent: the first ones."""
+
+
+def rows_cut(body: dict[str, Any]) -> int:
+    """How many rows of a request are too many."""
+    rows = body["input"].get("csvData")
+    return max(0, len(rows) - MOST_ROWS) if isinstance(rows, list) else 0
+
+
+def payload(body: dict[str, Any], context_id: str) -> dict[str, Any]:
+    """What a workflow is sent for a request, beside what every call carries."""
+    found: dict[str, Any] = {**body["input"], "context_id": context_id}
+    if rows_cut(body):
+        found["csvData"] = found["csvData"][:MOST_ROWS]
+    if body.get("description") is not None:
+        found["description"] = body["description"]
+    return found
+
+
+async def accept(
+    conn: AsyncConnection,
+    settings: Settings,
+    caller: Caller,
+    workflow_id: str,
+    body: dict[str, Any],
+    idempotency_key: str | None,
+) -> Row[Any]:
+    """Stores a request, to be started as soon as a worker is free, in the caller's transaction; returns its execution.
+
+    With a key that was used before, that one. Raises as `store` does.
+    """
+    execution_id = uuid4()
+    context_id = body.get("contextId") or f"execution:{execution_id}"
+    execution = NewExecution(
+        execution_id, workflow_id, context_id, None, body.get("description"), body, idempotency_key, at_once=False
+    )
+    stored = await store(conn, settings, caller, execution)
+    if not isinstance(stored, Workflow):
+        return stored
+    await enqueue(conn, [Job(START, str(execution_id))])
+    query: Select[Any] = select(*COLUMNS).where(executions.c.id == execution_id)
+    accepted: Row[Any] = (await conn.execute(query)).one()
+    return accepted
+
+
+class Launcher:
+    """Places the calls of executions that were accepted, each of them once."""
+
+    def __init__(self, settings: Settings, db: AsyncEngine, happyrobot: HappyRobot, intake: Intake) -> None:
+        self._settings = settings
+        self._db = db
+        self._happyrobot = happyrobot
+        self._intake = intake
+
+    async def start(self, subject: str) -> None:
+        """Starts an execution, unless somebody has begun to: then its call may be placed."""
+        async with self._db.begin() as conn:
+            execution = await self._claim(conn, UUID(subject))
+            if execution is None:
+                return
+            try:
+                workflow = await find(conn, self._settings, execution.workflow_id)
+            except (SealBroken, SecretMissing) as error:
+                workflow = None
+                log.error("workflow cannot be started", workflow_id=execution.workflow_id, error=error)  # noqa: TRY400
+        if workflow is None or not workflow.active:
+            failed = Unconfirmed(execution.id, ExecutionStatus.FAILED, "The workflow cannot be started any more")
+            await self._intake.take(failed)
+            return
+        runs = NewRuns(
+            execution.id, workflow.id, execution.context_id, workflow.name or DEFAULT_NAME, execution.description, ()
+        )
+        body = payload(execution.input, execution.context_id)
+        try:
+            await place(self._happyrobot, self._intake, self._settings, workflow, runs, body)
+        except TriggerFailed:
+            return  # it is written down, and whoever asks is told
+
+    async def _claim(self, conn: AsyncConnection, execution_id: UUID) -> Row[Any] | None:
+        claimed = await conn.execute(
+            update(executions)
+            .where(
+                executions.c.id == execution_id,
+                executions.c.status == ExecutionStatus.PENDING,
+                executions.c.answer_by.is_(None),
+            )
+            .values(answer_by=answer_by(self._settings))
+            .returning(executions)
+        )
+        found: Row[Any] | None = claimed.one_or_none()
+        return found
