@@ -19,6 +19,7 @@ from starlette.routing import Route
 from switchboard.access import keys
 from switchboard.access.tokens import BrowserToken, Right, Signer
 from switchboard.app import create_app
+from switchboard.errors import PUBLIC
 from switchboard.happyrobot.simulator import Simulator
 from switchboard.tables import KeyScope, agent_runs, api_keys
 from tests.conftest import (
@@ -48,6 +49,15 @@ SESSION = ("POST", "/api/happyrobot/session")
 END_SESSION = ("DELETE", "/api/happyrobot/session")
 STREAM = ("GET", "/api/events")
 CALLBACK = ("POST", "/api/webhooks/happyrobot")
+EXECUTE = ("POST", f"{PUBLIC}/agents/{{workflowId}}/execute")
+EXECUTION = ("GET", f"{PUBLIC}/executions/{{id}}/status")
+RESULTS = ("GET", f"{PUBLIC}/executions/{{id}}/results")
+PENDING = ("GET", f"{PUBLIC}/executions/{{id}}/pending-approval")
+APPROVE = ("POST", f"{PUBLIC}/executions/{{id}}/approve")
+REJECT = ("POST", f"{PUBLIC}/executions/{{id}}/reject")
+DELIVERIES = ("GET", f"{PUBLIC}/deliveries")
+REDELIVER = ("POST", f"{PUBLIC}/deliveries/{{id}}/redeliver")
+NOTHING = [(method, f"{PUBLIC}/{{rest}}") for method in ("GET", "POST", "PUT", "PATCH", "DELETE")]
 HEALTH = ("GET", "/healthz")
 DOCUMENT = ("GET", "/openapi.json")
 DOCS = ("GET", "/docs")
@@ -80,6 +90,14 @@ def for_all(answer: int) -> dict[str, int]:
     return dict.fromkeys(TO_READ, answer)
 
 
+WEBSITE = "key of a website"
+# An API key and nothing else, and one that is for it.
+IN_PUBLIC = {
+    **dict.fromkeys(TO_READ, 401),
+    **dict.fromkeys([*KEYS, *(kind for kind in STRANGERS if "key" in kind)], 403),
+}
+IN_PUBLIC |= {"wrong key": 401, "token of a revoked key": 401}
+
 # What each route answers each of them.
 ANSWERS: dict[tuple[str, str], dict[str, int]] = {
     TRIGGER: TO_CHANGE | dict.fromkeys(OTHERS, 403),
@@ -96,6 +114,15 @@ ANSWERS: dict[tuple[str, str], dict[str, int]] = {
     SESSION: STRANGERS | dict.fromkeys([*KEYS, "key of a website"], 401) | dict.fromkeys(BROWSERS, 200),
     END_SESSION: for_all(204),
     CALLBACK: for_all(401),  # it has a key of its own
+    EXECUTE: IN_PUBLIC | {WEBSITE: 202},
+    EXECUTION: IN_PUBLIC | {WEBSITE: 200},
+    RESULTS: IN_PUBLIC | {WEBSITE: 200},
+    PENDING: IN_PUBLIC | {WEBSITE: 409},  # there is nothing to decide
+    APPROVE: IN_PUBLIC | {WEBSITE: 409},
+    REJECT: IN_PUBLIC | {WEBSITE: 409},
+    DELIVERIES: IN_PUBLIC | {WEBSITE: 200},
+    REDELIVER: IN_PUBLIC | {WEBSITE: 404},
+    **dict.fromkeys(NOTHING, IN_PUBLIC | {WEBSITE: 404}),
     HEALTH: for_all(200),
     DOCUMENT: for_all(200),
     DOCS: for_all(200),
@@ -112,6 +139,8 @@ class House:
     credentials: dict[str, str]
     """What each of them sends as `Authorization`."""
     ids: dict[str, UUID]
+    execution_id: str = ""
+    """One of the website's."""
 
     async def ask(self, kind: str, route: tuple[str, str], run_id: str) -> httpx.Response:
         """A request of this kind of caller for this route, about a run of `MINE`. Of a stream only its beginning."""
@@ -126,7 +155,10 @@ class House:
             body = {"context_ids": [MINE]}
         elif route == CALLBACK:
             body = {"run_id": run_id, "event_type": "completed"}
-        url = path.format(run_id=run_id, name="init.js")
+        elif route == EXECUTE:
+            body = {"input": {}}
+        names = {"run_id": run_id, "name": "init.js", "workflowId": "default", "id": self.execution_id, "rest": "x"}
+        url = path.format(**names)
         request = self.service.http.build_request(method, url, headers=headers, params=params, json=body)
         answer = await self.service.http.send(request, stream=route == STREAM)
         if answer.status_code != 200 and not answer.is_stream_consumed:
@@ -168,7 +200,9 @@ async def house(servers: Servers, template: str) -> AsyncIterator[House]:
     async with new_database(servers, template) as url, serving(lambda _: simulator.app) as (upstream, _):
         settings = settings_for(url, servers.redis_url, upstream, allow_anonymous=False, failed_logins_per_minute=10**6)
         async with running_service(settings) as service:
-            yield House(service, simulator, *await everybody(service))
+            house = House(service, simulator, *await everybody(service))
+            house.execution_id = (await house.ask(WEBSITE, EXECUTE, "")).json()["executionId"]
+            yield house
 
 
 async def everybody(service: Service) -> tuple[dict[str, str], dict[str, UUID]]:
@@ -186,7 +220,7 @@ async def everybody(service: Service) -> tuple[dict[str, str], dict[str, UUID]]:
             ("revoked key", app, None),
             ("replaced key", app, None),
         ):
-            made, secret = await keys.create(conn, kind, scopes, workflows=workflows, lifetime=day)
+            made, secret = await keys.create(conn, kind, scopes, workflows=workflows, lifetime=day, burst=10**6)
             ids[kind], found[kind] = made.id, secret.get_secret_value()
         await conn.execute(update(api_keys).where(api_keys.c.id == ids["expired key"]).values(expires_at=text("now()")))
         await keys.revoke(conn, ids["revoked key"])
@@ -224,7 +258,8 @@ def routes(router: Any) -> set[tuple[str, str]]:
             found |= routes(included)
         else:
             assert isinstance(route, Route), f"{route} is of a kind that this test cannot judge"
-            found |= {(method, route.path) for method in route.methods or () if method != "HEAD"}
+            path = route.path.replace(":path}", "}")
+            found |= {(method, path) for method in route.methods or () if method != "HEAD"}
     return found
 
 
@@ -243,7 +278,8 @@ async def test_a_route_answers_everybody_as_the_table_says_and_changes_nothing_f
     for kind in [kind for kind, status in ANSWERS[route].items() if status >= 400]:
         answer = await house.ask(kind, route, run_id)
         answers[kind] = answer.status_code
-        assert list(answer.json()) == ["error"], kind
+        shape = ["message", "error", "statusCode"] if route[1].startswith(PUBLIC) else ["error"]
+        assert list(answer.json()) == shape, kind
         assert "set-cookie" not in answer.headers, kind
         assert ("www-authenticate" in answer.headers) == (answer.status_code == 401), kind
     assert await house.everything() == before

@@ -12,8 +12,19 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from switchboard.access import keys, seats
-from tests.conftest import Servers, Service, Tab, Upstream, insert_run, running_service, serving, settings_for, until
-from tests.test_tokens import get_token, new_key
+from tests.conftest import (
+    Servers,
+    Service,
+    Tab,
+    Upstream,
+    insert_run,
+    new_key,
+    running_service,
+    serving,
+    settings_for,
+    until,
+)
+from tests.test_tokens import get_token
 
 SIGN_IN = """
 async token => {

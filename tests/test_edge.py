@@ -17,8 +17,7 @@ from structlog.testing import capture_logs
 
 from switchboard import edge, errors
 from switchboard.settings import Settings
-from tests.conftest import Servers, Service, running_service, serving, settings_for
-from tests.test_tokens import new_key
+from tests.conftest import Servers, Service, new_key, running_service, serving, settings_for
 
 LISTED = "https://app.example"
 PRODUCTION: dict[str, Any] = {"environment": "production", "app_url": "https://calls.example"}

@@ -24,12 +24,14 @@ from tests.conftest import (
     Servers,
     Service,
     Upstream,
+    bearer,
     insert_run,
+    new_key,
     running_service,
     settings_for,
     until,
 )
-from tests.test_tokens import RUNS, TOKENS, TRIGGER, bearer, get_token, new_key, token
+from tests.test_tokens import RUNS, TOKENS, TRIGGER, get_token, token
 
 STREAM = "/api/events"
 

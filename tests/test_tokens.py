@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import httpx
 import jwt
@@ -18,8 +18,17 @@ from switchboard.access import keys
 from switchboard.access.callers import COOKIE
 from switchboard.access.tokens import BrowserToken, Right, Signer, TokenExpired, TokenInvalid
 from switchboard.sealing import derived
-from switchboard.tables import KeyScope
-from tests.conftest import APP_SECRET, Servers, Service, Upstream, insert_run, running_service, settings_for
+from tests.conftest import (
+    APP_SECRET,
+    Servers,
+    Service,
+    Upstream,
+    bearer,
+    insert_run,
+    new_key,
+    running_service,
+    settings_for,
+)
 
 TOKENS = "/api/happyrobot/tokens"
 SESSION = "/api/happyrobot/session"
@@ -148,21 +157,10 @@ async def guarded(database_url: str, servers: Servers, upstream: Upstream) -> As
         yield service
 
 
-async def new_key(db: AsyncEngine, *scopes: KeyScope, **more: Any) -> tuple[UUID, dict[str, str]]:
-    """A key's id, and the header that carries it."""
-    async with db.begin() as conn:
-        made, secret = await keys.create(conn, "test", scopes or [KeyScope.APP], **more)
-    return made.id, {"Authorization": f"Bearer {secret.get_secret_value()}"}
-
-
 async def get_token(service: Service, headers: dict[str, str], context_ids: Any, **more: Any) -> str:
     answer = await service.http.post(TOKENS, json={"context_ids": context_ids} | more, headers=headers)
     assert answer.status_code == 200, answer.text
     return str(answer.json()["token"])
-
-
-def bearer(signed: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {signed}"}
 
 
 async def test_a_token_reads_for_a_quarter_of_an_hour_unless_more_is_asked_for(guarded: Service, db: AsyncEngine):

@@ -20,7 +20,7 @@ from switchboard import __version__, local
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
-_GROUPS = ("keys", "workflows", "secrets")
+_GROUPS = ("keys", "workflows", "deliveries", "secrets")
 """Modules of `switchboard.commands`."""
 
 

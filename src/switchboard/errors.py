@@ -175,6 +175,8 @@ def complaint(errors: Sequence[Any], *, skip: int = 0) -> str:
     name = ".".join(map(str, first["loc"][skip:]))
     if first["type"] in ("missing", "string_too_short"):
         return f"{name} required"
+    if first["type"] == "dict_type":
+        return f"{name}: Input should be an object"
     return f"{name}: {first['msg']}"
 
 

@@ -1,11 +1,28 @@
 """How many executions an API key may have in a month."""
 
+from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.access.keys import ApiKey, get, this_month
 from switchboard.errors import Forbidden
 from switchboard.tables import api_key_usage
+
+_EXCEEDED = "API key usage limit exceeded"
+
+
+async def require_room(conn: AsyncConnection, key: ApiKey) -> None:
+    """Raises Forbidden where a key has had all executions of this month, without waiting for anybody.
+
+    Whoever it lets through may still be one too many.
+    """
+    if key.monthly_limit is None:
+        return
+    query = select(api_key_usage.c.executions).where(
+        api_key_usage.c.key_id == key.id, api_key_usage.c.month == this_month()
+    )
+    if (await conn.scalar(query) or 0) >= key.monthly_limit:
+        raise Forbidden(_EXCEEDED)
 
 
 async def count_one(conn: AsyncConnection, key: ApiKey) -> None:
@@ -28,4 +45,4 @@ async def count_one(conn: AsyncConnection, key: ApiKey) -> None:
         )
     )
     if counted.rowcount == 0:
-        raise Forbidden("API key usage limit exceeded")
+        raise Forbidden(_EXCEEDED)

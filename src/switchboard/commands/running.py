@@ -1,4 +1,4 @@
-"""What these commands share: the way to the database, and how they end."""
+"""What these commands share: the way to the database, how they read and write, and how they end."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard import database, local, logs
-from switchboard.settings import Settings
+from switchboard.settings import Settings, http_address
 
 Result = TypeVar("Result")
 
@@ -60,6 +60,27 @@ async def _in_transaction(
         raise
     finally:
         await engine.dispose()
+
+
+def read(given: str) -> str:
+    """What was given, or a line of standard input in place of `-`."""
+    return sys.stdin.readline().strip() if given == "-" else given
+
+
+def address(option: str, given: str) -> str:
+    """An address that may be stored here; ends the command with any other."""
+    try:
+        found = http_address(given)
+    except ValueError as error:
+        refuse(f"{option} {error}")
+    if Settings().environment == "production" and not found.startswith("https://"):
+        refuse(f"{option} must be an https:// address")
+    return found
+
+
+def two_lines(moment: str) -> str:
+    """A time in ISO 8601 as a narrow column shows it, to the minute."""
+    return f"{moment[:10]}\n{moment[11:16]}Z"
 
 
 def refuse(why: str) -> NoReturn:

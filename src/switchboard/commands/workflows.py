@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -13,10 +12,10 @@ from rich.table import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard import workflows
-from switchboard.commands.running import Json, in_database, refuse
+from switchboard.commands.running import Json, address, in_database, read, refuse
 from switchboard.happyrobot.addresses import ENVIRONMENTS, hook_for
 from switchboard.happyrobot.client import Hook
-from switchboard.settings import Settings, http_address
+from switchboard.settings import Settings
 from switchboard.workflows import DEFAULT_WORKFLOW, Workflow
 
 app = typer.Typer(help="Workflows that may be started, beside the environment's `default`.", no_args_is_help=True)
@@ -63,11 +62,11 @@ def add(
         if value is not None and (len(value) > _LONGEST or not value.isprintable()):
             refuse(f"{option} takes up to {_LONGEST} printable characters")
     try:
-        address, found = hook_for(_address("--hook-url", hook_url), environment and str(environment))
+        url, found = hook_for(address("--hook-url", hook_url), environment and str(environment))
     except ValueError as error:
         refuse(str(error))
-    approval_url = approval_url and _address("--approval-url", approval_url)
-    workflow = Workflow(workflow_id, Hook(address, _key(hook_key)), name, found, approval_url, org_slug, platform_id)
+    approval_url = approval_url and address("--approval-url", approval_url)
+    workflow = Workflow(workflow_id, Hook(url, _key(hook_key)), name, found, approval_url, org_slug, platform_id)
 
     async def work(conn: AsyncConnection, settings: Settings) -> list[dict[str, Any]]:
         added = await workflows.add(conn, settings, workflow, replace=replace_it)
@@ -156,20 +155,10 @@ def _require_own(workflow_id: str) -> None:
         refuse("the workflow `default` comes from HAPPYROBOT_WEBHOOK_URL and HAPPYROBOT_X_API_KEY")
 
 
-def _address(option: str, given: str) -> str:
-    try:
-        address = http_address(given)
-    except ValueError as error:
-        refuse(f"{option} {error}")
-    if Settings().environment == "production" and not address.startswith("https://"):
-        refuse(f"{option} must be an https:// address")
-    return address
-
-
 def _key(given: str | None) -> SecretStr | None:
     if given is None:
         return None
-    key = sys.stdin.readline().strip() if given == "-" else given
+    key = read(given)
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         refuse("a hook's key must be printable ASCII without spaces, and not empty")
     return SecretStr(key)

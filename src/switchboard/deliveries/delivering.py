@@ -104,7 +104,7 @@ class Deliverer:
             delivery = await _claim(conn, delivery_id)
             endpoint = None if delivery is None else await endpoint_of(conn, self._settings, delivery.key_id)
         if delivery is None:
-            return _CLAIM  # somebody else is sending it
+            return _CLAIM  # somebody else is sending it, or has just tried
         began = time.monotonic()
         attempt = await self._attempt(delivery, endpoint)
         lane.note(time.monotonic() - began)
@@ -155,11 +155,12 @@ async def _waiting(conn: AsyncConnection, delivery_id: UUID) -> Row[Any] | None:
 
 
 async def _claim(conn: AsyncConnection, delivery_id: UUID) -> Row[Any] | None:
-    """Makes a delivery ours for a while; None if it is somebody else's, or done with."""
+    """Makes a delivery ours for a while; None if it is somebody else's, was sent just now, or is done with."""
+    is_due = deliveries.c.due_at <= func.now()
     nobodys = or_(deliveries.c.claimed_until.is_(None), deliveries.c.claimed_until < func.now())
     claimed = await conn.execute(
         update(deliveries)
-        .where(deliveries.c.id == delivery_id, _is_pending, nobodys)
+        .where(deliveries.c.id == delivery_id, _is_pending, is_due, nobodys)
         .values(claimed_until=func.now() + timedelta(seconds=_CLAIM))
         .returning(deliveries)
     )

@@ -24,8 +24,12 @@ _NAMES_KEPT = 30.0
 
 _PRIVATE = "refused: {} is not an address on the internet"
 
-# They hold an IPv4 address, which would be the one that is reached.
-_ADDRESSES_IN_ADDRESSES = (IPv6Network("2002::/16"), IPv6Network("2001::/32"), IPv6Network("64:ff9b::/96"))
+# Not left to the lists of Python, which call everything public that they do not know.
+_UNICAST = IPv6Network("2000::/3")
+"""Where all IPv6 addresses of machines on the internet are."""
+
+# The first two hold an IPv4 address, which would be the one that is reached; the last one is for documents.
+_NOBODYS = (IPv6Network("2002::/16"), IPv6Network("2001::/32"), IPv6Network("3fff::/20"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,9 @@ class Sender:
             error = _PRIVATE.format(refused.ip_addr or refused.hostname)
         except (TimeoutError, httpx.TimeoutException):
             error = f"no answer within {TIMEOUT:g} seconds"
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as trouble:
+        except (httpx.InvalidURL, ValueError) as trouble:
+            error = f"the address cannot be used: {trouble}"
+        except (httpx.HTTPError, OSError) as trouble:
             error = f"{type(trouble).__name__}: {trouble}".removesuffix(": ")
         elapsed = round((time.perf_counter() - began) * 1000)
         return Attempt(started_at, elapsed, status_code, response, error)
@@ -101,7 +107,7 @@ class Sender:
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(host, parts.port or 443, type=1)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise Refused(f"the name {host} leads nowhere") from error
         addresses = [ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
         if not any(map(is_public, addresses)):
@@ -111,7 +117,7 @@ class Sender:
 def is_public(address: IPv4Address | IPv6Address) -> bool:
     """Whether this is the address of one machine on the internet."""
     plain = (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
-    if isinstance(plain, IPv6Address) and any(plain in network for network in _ADDRESSES_IN_ADDRESSES):
+    if isinstance(plain, IPv6Address) and (plain not in _UNICAST or any(plain in network for network in _NOBODYS)):
         return False
     return plain.is_global and not plain.is_multicast
 

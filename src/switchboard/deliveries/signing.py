@@ -1,7 +1,6 @@
 """What stands in the headers of a webhook, by which its receiver knows that it is ours: pure."""
 
 import base64
-import binascii
 import hashlib
 import hmac
 from collections.abc import Sequence
@@ -41,6 +40,6 @@ def _key(secret: str) -> bytes:
     if secret.startswith(PREFIX):
         try:
             return base64.b64decode(secret.removeprefix(PREFIX), validate=True)
-        except binascii.Error:
+        except ValueError:
             pass
     return secret.encode()

@@ -98,7 +98,7 @@ async def execute(
     db: Db,
     settings: CurrentSettings,
     caller: Customer,
-    workflow_id: Annotated[str, Path(alias="workflowId", max_length=255)],
+    workflow_id: Annotated[Id, Path(alias="workflowId")],
     body: JsonBody,
     idempotency_key: IdempotencyKey = None,
 ) -> ExecuteOut:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from switchboard.access.callers import Caller
-from switchboard.access.quotas import count_one
+from switchboard.access.quotas import count_one, require_room
 from switchboard.bodies import Id, ShortText, Text
 from switchboard.errors import Conflict, ErrorOut, Forbidden, NotConfigured, NotFound, TriggerFailed, Unprocessable
 from switchboard.executions import COLUMNS
@@ -143,6 +143,8 @@ async def store(
     if (known := await _known(conn, owner, execution)) is not None:
         return known
     workflow = await _workflow(conn, settings, execution.workflow_id)
+    if caller.key is not None:
+        await require_room(conn, caller.key)
     if not await _write_down(conn, settings, caller, execution):
         # Somebody with the same key was quicker, by less than a commit.
         known = await _known(conn, owner, execution)
