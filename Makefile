@@ -19,8 +19,8 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: setup ## Start everything, watch one call; ONCE=1 leaves when it has completed
-	$(BIN)/switchboard demo $(if $(ONCE),--once)
+demo: setup ## Start everything, watch one call; ONCE=1 leaves when it has completed, APPROVAL=1 shows the Public API
+	$(BIN)/switchboard demo $(if $(ONCE),--once) $(if $(APPROVAL),--approval)
 
 test: setup ## Every test, in parallel, against real PostgreSQL and Valkey
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term $(ARGS)

@@ -5,10 +5,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from pydantic import SecretStr
@@ -16,14 +17,14 @@ from sqlalchemy import select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database, workflows
-from switchboard.access import keys
+from switchboard.access import keys, webhooks
 from switchboard.happyrobot.client import Hook
 from switchboard.sealing import Sealer, reseal
-from switchboard.tables import SEALED, KeyScope, api_key_digests, api_keys, metadata
+from switchboard.tables import SEALED, KeyScope, WebhookEvent, api_key_digests, api_keys, metadata
 from switchboard.tables import workflows as workflow_rows
 from switchboard.workflows import Workflow
-from tests.conftest import APP_SECRET, Said, Service, settings_for, until
-from tests.test_tokens import RUNS, bearer
+from tests.conftest import APP_SECRET, Said, Service, bearer, settings_for, until
+from tests.test_tokens import RUNS
 
 Command = Callable[..., Said]
 
@@ -80,6 +81,9 @@ async def test_everything_about_a_key_is_listed_but_the_key(command: Command, na
         "active": True,
         "expires_at": made["expires_at"],
         "monthly_limit": 7,
+        "burst": None,
+        "per_minute": None,
+        "webhook": None,
         "last_used_at": None,
         "created_at": made["created_at"],
     }
@@ -243,6 +247,306 @@ async def test_at_night_a_key_is_revoked_with_nothing_but_the_database(
     done = switchboard("keys", "list", SWITCHBOARD_DATA_DIR=str(tmp_path / "data"), ENVIRONMENT="production")
     assert (done.code, "DATABASE_URL: must be set" in done.err) == (1, True)
     assert not (tmp_path / "data").exists()
+
+
+# How often a key may ask, and where its executions are reported.
+
+HOOK = "https://customer.example/hooks?of=mine"
+SECRET = "a-secret-of-the-customers-own"
+DOCUMENTED = ["execution.started", "execution.completed", "execution.failed", "execution.pending_approval"]
+PRODUCTION = {"ENVIRONMENT": "production", "APP_URL": "https://a.example", "HAPPYROBOT_X_API_KEY": "k"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a key's row says about its webhooks."""
+
+    events: list[str] | None
+    sealed: str | None
+    signing: tuple[str, ...]
+    """The secrets that sign now, opened, the current one first."""
+
+
+async def stored(db: AsyncEngine, name: str) -> Stored:
+    query = select(api_keys.c.id, api_keys.c.webhook_events, api_keys.c.webhook_secret).where(api_keys.c.name == name)
+    async with db.connect() as conn:
+        row = (await conn.execute(query)).one()
+        endpoint = await webhooks.endpoint_of(conn, settings_for("postgresql://unused", "redis://unused", None), row.id)
+    signing = () if endpoint is None else tuple(secret.get_secret_value() for secret in endpoint.secrets)
+    return Stored(row.webhook_events, row.webhook_secret, signing)
+
+
+def reported(name: str, *more: str) -> tuple[str, ...]:
+    """What creates a key whose executions are reported."""
+    return ("keys", "create", "--name", name, "--scope", "public", "--webhook-url", HOOK, *more)
+
+
+async def test_a_key_can_be_given_a_rate(command: Command, db: AsyncEngine, name: str):
+    create = ("keys", "create", "--name", name, "--scope", "public", "--burst", "5", "--per-minute", "100000", "--json")
+    made = said(command(*create))
+    assert (made["burst"], made["per_minute"]) == (5, 100_000)
+    async with db.connect() as conn:
+        found = await keys.get(conn, UUID(made["id"]))
+    assert found is not None
+    assert (found.burst, found.per_minute) == (5, 100_000)
+    assert "5 at once, 100000 a minute" in command("keys", "list").out
+
+
+async def test_of_a_rate_that_is_given_in_part_the_rest_is_the_usual(command: Command, name: str):
+    said(command("keys", "create", "--name", name, "--scope", "public", "--burst", "77", "--json"))
+    assert "77 at once, 60 a minute" in command("keys", "list").out
+
+
+async def test_a_keys_executions_are_reported_and_signed_with_a_secret_that_is_shown_once(
+    command: Command, db: AsyncEngine, name: str
+):
+    done = command(*reported(name))
+    assert re.fullmatch(r"[0-9a-f]{64}\n", done.out), "the key alone, so that it can be piped"
+    [secret] = re.findall(
+        r"^Its webhooks are signed with (whsec_\S{44})\. It is not shown again\.$", done.err, re.MULTILINE
+    )
+    row = await stored(db, name)
+    assert (row.events, row.signing) == (None, (secret,))
+    assert row.sealed is not None
+    assert secret not in row.sealed
+    listed = {each["name"]: each for each in said(command("keys", "list", "--json"))}
+    assert listed[name]["webhook"] == {"url": HOOK, "events": DOCUMENTED}
+    for arguments in (("list",), ("list", "--json"), ("rotate", name, "--json"), ("revoke", name, "--json")):
+        done = command("keys", *arguments)
+        assert done.code == 0
+        assert secret not in done.out + done.err
+
+
+async def test_a_key_is_made_with_the_events_and_the_secret_that_are_given(
+    switchboard: Command, environment: dict[str, str], db: AsyncEngine, name: str
+):
+    events = ("--webhook-event", "execution.failed", "--webhook-event", "execution.cancelled")
+    create = reported(name, *events, "--webhook-secret", "-")
+    done = switchboard(*create, "--json", stdin=f"{SECRET}\n", **environment)
+    assert said(done)["webhook"] == {"url": HOOK, "events": ["execution.failed", "execution.cancelled"]}
+    assert SECRET not in done.out + done.err, "whoever gave it has it"
+    row = await stored(db, name)
+    assert (row.events, row.signing) == (["execution.cancelled", "execution.failed"], (SECRET,))
+
+
+async def test_a_secret_that_is_made_is_in_the_json(command: Command, db: AsyncEngine, name: str):
+    webhook = said(command(*reported(name, "--json")))["webhook"]
+    assert (await stored(db, name)).signing == (webhook.pop("secret"),)
+    assert webhook == {"url": HOOK, "events": DOCUMENTED}
+
+
+async def test_the_list_fits_into_80_columns(command: Command, name: str):
+    url = f"https://customer.example/{'x' * 200}"
+    given = (f"{name} {'of a customer with a name ' * 3}", "--scope", "app", "--burst", "99999", "--per-minute", "9999")
+    create = ("keys", "create", "--scope", "public", "--name", *given, "--webhook-url", url, "--expires-in", "30d")
+    made = said(command(*create, "--webhook-event", "execution.pending_approval", "--json"))
+    lines = command("keys", "list").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.strip().startswith(made["id"]) for line in lines), "in one piece"
+    # As its column shows it.
+    shown = "".join(line[: line.index("  ", 2) if "  " in line[2:] else None].strip() for line in lines)
+    assert url.removeprefix("https://") in shown
+    assert "execution.pending_approval" in shown
+
+
+async def test_where_executions_are_reported_is_set_changed_and_stopped(command: Command, db: AsyncEngine, name: str):
+    said(command("keys", "create", "--name", name, "--scope", "app", "--json"))
+    done = command("keys", "webhook", name, "--url", HOOK, "--event", "execution.cancelled")
+    assert done.out == f"Executions of {name} are reported to {HOOK}.\n"
+    [secret] = re.findall(r"Its webhooks are signed with (whsec_\S+)\. It is not shown again\.", done.err)
+    assert (await stored(db, name)).signing == (secret,)
+    # What is not given anew stays.
+    changed = said(command("keys", "webhook", name, "--url", f"{HOOK}/2", "--json"))
+    assert changed["webhook"] == {"url": f"{HOOK}/2", "events": ["execution.cancelled"]}
+    assert (await stored(db, name)).signing == (secret,)
+    again = command("keys", "webhook", name, "--url", HOOK, "--event", "execution.failed", "--webhook-secret", SECRET)
+    assert again == Said(0, f"Executions of {name} are reported to {HOOK}.\n", "")
+    row = await stored(db, name)
+    assert (row.events, row.signing) == (["execution.failed"], (SECRET,))
+    stopped = command("keys", "webhook", name, "--off")
+    assert stopped == Said(0, f"Executions of {name} are reported nowhere any more.\n", "")
+    assert (await stored(db, name)).signing == ()
+    assert said(command("keys", "webhook", name, "--off", "--json"))["webhook"] is None
+    # What was so before it was stopped is so again.
+    command("keys", "webhook", name, "--url", HOOK)
+    assert await stored(db, name) == row
+
+
+async def test_a_rotated_secret_signs_beside_the_one_before_until_the_grace_is_over(
+    command: Command, db: AsyncEngine, name: str
+):
+    first = said(command(*reported(name, "--json")))["webhook"]["secret"]
+    done = command("keys", "rotate-secret", name)
+    second = done.out.strip()
+    assert done.out == f"{second}\n", "alone, so that it can be piped"
+    assert f"That signs the webhooks of {name} (" in done.err
+    assert "The one before it signs them, too, until " in done.err
+    assert second not in done.err
+    assert (await stored(db, name)).signing == (second, first)
+    rotated = said(command("keys", "rotate-secret", name, "--grace", "1h", "--json"))
+    until = datetime.fromisoformat(rotated["previous_until"])
+    assert abs(until - datetime.now(UTC) - timedelta(hours=1)) < timedelta(minutes=5)
+    third = rotated["webhook"]["secret"]
+    assert (await stored(db, name)).signing == (third, second)
+    async with db.begin() as conn:
+        over = {"webhook_secret_before_until": text("now()")}
+        await conn.execute(update(api_keys).where(api_keys.c.name == name).values(over))
+    assert (await stored(db, name)).signing == (third,)
+
+
+async def test_without_a_grace_only_the_new_secret_signs(
+    switchboard: Command, environment: dict[str, str], db: AsyncEngine, name: str
+):
+    switchboard(*reported(name), **environment)
+    rotate = ("keys", "rotate-secret", name, "--grace", "0s", "--webhook-secret", "-")
+    done = switchboard(*rotate, stdin=f"{SECRET}\n", **environment)
+    assert done.out == f"Webhooks of {name} are signed with the secret that was given.\n"
+    assert SECRET not in done.err
+    assert (await stored(db, name)).signing == (SECRET,)
+
+
+async def test_of_those_who_set_a_webhook_at_once_one_is_told_its_secret(db: AsyncEngine, name: str):
+    settings = settings_for("postgresql://unused", "redis://unused", None)
+    async with db.begin() as conn:
+        made, _ = await keys.create(conn, name, [KeyScope.PUBLIC])
+
+    async def point() -> SecretStr | None:
+        async with db.begin() as conn:
+            return await webhooks.point(conn, settings, made.id, HOOK, None)
+
+    told = [secret for secret in await asyncio.gather(*(point() for _ in range(5))) if secret is not None]
+    assert (await stored(db, name)).signing == tuple(secret.get_secret_value() for secret in told)
+
+
+REPORTED = (*CREATE, "x", "--webhook-url")
+POINT = ("webhook", "nobody")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((*CREATE, "x", "--webhook-event", "execution.failed"), "--webhook-event and --webhook-secret go with"),
+        ((*CREATE, "x", "--webhook-secret", SECRET), "--webhook-event and --webhook-secret go with --webhook-url"),
+        ((*REPORTED, "customer.example"), "--webhook-url must be an http:// or https:// address"),
+        ((*REPORTED, "https://u:very-secret@h/x"), "--webhook-url must not contain a user or a password"),
+        ((*REPORTED, HOOK, "--webhook-secret", "very-secret-777"), "--webhook-secret takes 16 to 255 printable ASCII"),
+        ((*REPORTED, HOOK, "--webhook-secret", "very-secret " * 2), "--webhook-secret takes 16 to 255 printable"),
+        ((*REPORTED, HOOK, "--webhook-secret", "very-secret-ä" * 2), "--webhook-secret takes 16 to 255 printable"),
+        ((*REPORTED, HOOK, "--webhook-secret", "s" * 256), "--webhook-secret takes 16 to 255 printable ASCII"),
+        ((*REPORTED, HOOK, "--webhook-secret", "-"), "--webhook-secret takes 16 to 255 printable ASCII"),
+        (POINT, "one of --url and --off is needed"),
+        ((*POINT, "--url", HOOK, "--off"), "one of --url and --off is needed"),
+        ((*POINT, "--off", "--event", "execution.failed"), "--event and --webhook-secret go with --url"),
+        ((*POINT, "--off", "--webhook-secret", SECRET), "--event and --webhook-secret go with --url"),
+        ((*POINT, "--url", "ftp://h"), "--url must be an http:// or https:// address"),
+        ((*POINT, "--url", HOOK), "there is no key nobody"),
+        ((*POINT, "--off"), "there is no key nobody"),
+        (("webhook", "-", "--url", HOOK, "--webhook-secret", "-"), "standard input can hold the key or the secret"),
+        (("rotate-secret", "-", "--webhook-secret", "-"), "standard input can hold the key or the secret, not both"),
+        (("rotate-secret", "nobody", "--webhook-secret", "short"), "--webhook-secret takes 16 to 255 printable"),
+        (("rotate-secret", "nobody", "--grace", "soon"), "--grace is a number with a unit"),
+        (("rotate-secret", "nobody"), "there is no key nobody"),
+    ],
+)
+async def test_webhooks_that_cannot_be_are_refused_in_a_line(
+    command: Command, arguments: tuple[str, ...], complaint: str
+):
+    done = command("keys", *arguments)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith(f"switchboard: {complaint}")
+    assert "very-secret" not in done.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--burst", "0"),
+        ("--burst", "100001"),
+        ("--per-minute", "0"),
+        ("--per-minute", "100001"),
+        ("--webhook-url", HOOK, "--webhook-event", "execution.paused"),
+    ],
+)
+async def test_a_rate_or_an_event_that_there_is_not_makes_no_key(
+    command: Command, name: str, arguments: tuple[str, ...]
+):
+    done = command("keys", "create", "--name", name, "--scope", "public", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert name not in command("keys", "list", "--json").out
+
+
+@pytest.mark.parametrize("secret", ["s" * 16, "s" * 255])
+async def test_a_secret_may_be_as_short_and_as_long_as_is_said(
+    command: Command, db: AsyncEngine, name: str, secret: str
+):
+    assert command(*reported(name, "--webhook-secret", secret)).code == 0
+    assert (await stored(db, name)).signing == (secret,)
+
+
+async def test_of_a_key_that_opens_nothing_reports_can_only_be_stopped(command: Command, name: str):
+    command(*reported(name))
+    command("keys", "revoke", name)
+    for arguments in (("webhook", name, "--url", HOOK), ("rotate-secret", name)):
+        done = command("keys", *arguments)
+        assert (done.code, done.out) == (1, "")
+        assert f"the key {name} is revoked" in done.err
+    assert command("keys", "webhook", name, "--off").code == 0
+
+
+async def test_the_secret_of_a_key_that_is_reported_nowhere_is_not_replaced(command: Command, name: str):
+    command("keys", "create", "--name", name, "--scope", "public")
+    nowhere = f"executions of {name} are reported nowhere; `switchboard keys webhook` changes that"
+    assert command("keys", "rotate-secret", name) == Said(1, "", f"switchboard: {nowhere}\n")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "10.1.2.3", "[::1]", "169.254.169.254"])
+async def test_an_address_that_is_not_on_the_internet_is_kept_and_warned_of(command: Command, name: str, host: str):
+    url = f"http://{host}:8000/hooks"
+    warning = f"{host.strip('[]')} is not on the internet: webhooks to it are refused unless ALLOW_PRIVATE_WEBHOOKS"
+    create = ("keys", "create", "--name", name, "--scope", "public", "--json", "--webhook-url", url)
+    done = command(*create)
+    assert said(done)["webhook"]["url"] == url
+    assert done.err.startswith(warning)
+    assert command("keys", "webhook", name, "--url", url).err.startswith(warning)
+    assert command("keys", "webhook", name, "--url", url, ALLOW_PRIVATE_WEBHOOKS="true").err == ""
+
+
+@pytest.mark.parametrize("url", [HOOK, "http://1.1.1.1/hooks", "http://localhost/hooks"])
+async def test_of_names_and_of_addresses_on_the_internet_nobody_is_warned(command: Command, name: str, url: str):
+    assert command("keys", "create", "--name", name, "--scope", "public", "--json", "--webhook-url", url).err == ""
+
+
+async def test_in_production_webhooks_are_encrypted(command: Command, name: str):
+    create = ("keys", "create", "--name", name, "--scope", "public")
+    done = command(*create, "--webhook-url", "http://customer.example/hooks", **PRODUCTION)
+    assert done == Said(1, "", "switchboard: --webhook-url must be an https:// address\n")
+    assert command(*create, "--webhook-url", HOOK, **PRODUCTION).code == 0
+    done = command("keys", "webhook", name, "--url", "http://customer.example/hooks", **PRODUCTION)
+    assert done == Said(1, "", "switchboard: --url must be an https:// address\n")
+
+
+async def test_only_what_seals_a_secret_needs_the_secret_that_seals_it(
+    switchboard: Command, environment: dict[str, str], database_url: str, command: Command, name: str
+):
+    command(*reported(f"reported {name}"))
+    database_alone = {"DATABASE_URL": database_url, "ENVIRONMENT": "production"}
+    assert switchboard("keys", "create", "--name", name, "--scope", "app", "--burst", "5", **database_alone).code == 0
+    assert switchboard("keys", "webhook", f"reported {name}", "--off", **database_alone).code == 0
+    unsealed = environment | PRODUCTION | {"APP_SECRET": ""}
+    for arguments in (
+        reported(f"another {name}"),
+        ("keys", "webhook", name, "--url", HOOK),
+        ("keys", "rotate-secret", name),
+    ):
+        done = switchboard(*arguments, **unsealed)
+        assert (done.code, done.out) == (1, "")
+        assert "APP_SECRET: must be set" in done.err
+    assert f"another {name}" not in command("keys", "list", "--json").out
+
+
+def test_everything_is_reported_but_what_has_to_be_asked_for():
+    """As the help says."""
+    assert set(WebhookEvent) - set(webhooks.DOCUMENTED) == {WebhookEvent.CANCELLED}
 
 
 # Stored secrets.

@@ -276,8 +276,11 @@ def show(
     once: Annotated[bool, typer.Option(help="Leave once the call has completed.")] = False,
     port: Annotated[int, typer.Option(help="Port of the service, if it is free.")] = 8000,
     pace: Annotated[float, typer.Option(min=0, help="Seconds between the events of the call.")] = 0.4,
+    approval: Annotated[
+        bool, typer.Option(help="As a customer's website, with an approval: the Public API and its webhooks.")
+    ] = False,
 ) -> None:
     """Start everything, place one call, and watch it live."""
     from switchboard import demo
 
-    demo.run(once=once, port=port, pace=pace)
+    demo.run(once=once, port=port, pace=pace, approval=approval)

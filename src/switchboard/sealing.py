@@ -35,7 +35,7 @@ class Sealer:
     def of(cls, settings: Settings) -> Self:
         """Raises SecretMissing."""
         if settings.app_secret is None:
-            raise SecretMissing("APP_SECRET is not set: hook keys cannot be stored or read without it")
+            raise SecretMissing("APP_SECRET is not set: secrets cannot be stored or read without it")
         return cls(settings.app_secret, settings.app_secret_previous)
 
     def seal(self, text: str) -> str:

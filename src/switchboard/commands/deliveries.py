@@ -39,7 +39,7 @@ def show(
         key_id = None if key is None else (await only(conn, key)).id
         return [_shown(each) for each in await log.listed(conn, Wanted(key_id, status, execution), limit=limit)]
 
-    found = in_database(work)
+    found = in_database(work, sealing=False)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -77,7 +77,7 @@ def redeliver(
     async def work(conn: AsyncConnection, _: Settings) -> DeliveryStatus | None:
         return await log.send_again(conn, delivery)
 
-    before = in_database(work)
+    before = in_database(work, sealing=False)
     if before is None:
         refuse(f"there is no delivery {delivery}; `switchboard deliveries list` shows them")
     if before is DeliveryStatus.PENDING:
