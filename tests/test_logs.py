@@ -31,7 +31,7 @@ from sqlalchemy.exc import IntegrityError
 
 from switchboard import local, logs
 from switchboard import migrate as migrations
-from switchboard.errors import NotFound, PostgresAway
+from switchboard.errors import PUBLIC, NotFound, PostgresAway
 from switchboard.logs.redaction import REDACTED, redactor
 from switchboard.logs.traces import told, trace
 from switchboard.settings import Settings
@@ -529,6 +529,10 @@ def marks() -> dict[str, str]:
         "query",
         "path",
         "malformed",
+        "webhook secret",
+        "webhook path",
+        "resume path",
+        "comment",
     )
     found = {what: mark(what.lower().replace(" ", "-").replace("_", "-")).ljust(40, "0") for what in settings + sent}
     return found | {"phone": f"+1555{random.randrange(10**7):07}"}
@@ -588,6 +592,7 @@ def get(url: str, **more: Any) -> Step:
 
 
 TRIGGER, CALLBACK, RUNS = "/api/happyrobot/trigger", "/api/webhooks/happyrobot", "/api/happyrobot/runs"
+EXECUTE = f"{PUBLIC}/agents/default/execute"
 
 FAULTS = ("answer=400", "answer=500", "answer=503", "answer=garbage", "answer=no_runs", "disconnect", "hang")
 
@@ -657,7 +662,59 @@ def steps(marked: dict[str, str], run_id: str) -> list[Step]:
         get(strange),
         post(strange, json=payload(marked)),
         {"method": "DELETE", "url": f"{RUNS}?token={query}"},
+        *of_a_website(marked),
     ]
+
+
+def of_a_website(marked: dict[str, str]) -> list[Step]:
+    """What is asked of the Public API."""
+    website = {"Authorization": f"Bearer {marked['website key']}"}
+    once = website | {"Idempotency-Key": marked["idempotency key"]}
+    body = {"input": payload(marked), "description": marked["transcript"], "contextId": marked["context"]}
+    return [
+        post(EXECUTE, json=body, headers=once),
+        post(EXECUTE, json=body, headers=once),
+        post(EXECUTE, json=body | {"description": marked["name"]}, headers=once),
+        post(EXECUTE, json=body | {"contextId": [marked["context"]]}, headers=website),
+        post(EXECUTE, json=body | {"input": {"csvData": [marked["name"]]}}, headers=website),
+        post(f"{PUBLIC}/agents/{marked['path']}/execute", json=body, headers=website),
+        *(post(EXECUTE, json=body, **each) for each in credentials(marked)),
+        get(f"{PUBLIC}/executions/{marked['path']}/status", headers=website),
+        get(f"{PUBLIC}/{marked['path']}", headers=website, params={"token": marked["query"]}),
+        get(f"{PUBLIC}/deliveries", headers=website, params={"executionId": marked["query"]}),
+        post(f"{PUBLIC}/deliveries/{marked['path']}/redeliver", headers=website),
+    ]
+
+
+def let_a_website_decide(http: httpx.Client, marked: dict[str, str], upstream: str) -> list[tuple[int, str]]:
+    """An approval from its request to a decision that HappyRobot refuses."""
+    website = {"Authorization": f"Bearer {marked['website key']}"}
+    body = {"input": payload(marked, simulate={"faults": "silent"})}
+    execution = f"{PUBLIC}/executions/{http.post(EXECUTE, json=body, headers=website).json()['executionId']}"
+
+    def status() -> str:
+        return str(http.get(f"{execution}/status", headers=website).json()["status"])
+
+    until(lambda: status() == "running")
+    runs = http.get(RUNS, params={"limit": "1000"}).json()
+    run_id = next(run["runId"] for run in runs if run["executionId"] == execution.rpartition("/")[2])
+    asked = {
+        "run_id": run_id,
+        "event_type": "pending_approval",
+        "data": {"rows": [{"name": marked["name"]}], "metadata": {"requireComment": True}},
+        "resume_url": f"{upstream}/resume/{marked['resume path']}",
+    }
+    answer = http.post(CALLBACK, json=asked, headers={"X-API-KEY": marked["HAPPYROBOT_CALLBACK_KEY"]})
+    assert answer.status_code == 200, answer.text
+    comment = {"comment": marked["comment"]}
+    wanted = [
+        post(f"{execution}/approve", json={"comment": " ", "approvalId": None}, headers=website),
+        post(f"{execution}/approve", json={"comment": [marked["comment"]]}, headers=website),
+        post(f"{execution}/approve", json=comment | {"approvalId": marked["query"]}, headers=website),
+        post(f"{execution}/approve", json=comment, headers=website),
+        post(f"{execution}/reject", json=comment, headers=website),
+    ]
+    return [found for step in wanted for found in ask(http, [step])]
 
 
 def ask(http: httpx.Client, wanted: Sequence[Step]) -> list[tuple[int, str]]:
@@ -719,6 +776,22 @@ def until(condition: Callable[[], bool], *, within: float = 60) -> None:
         time.sleep(0.02)
 
 
+def make_keys(switchboard: Callable[..., Said], marked: dict[str, str]) -> str:
+    """Makes the API keys, which have no marks of their own; returns what is said beside them."""
+    reported = f"https://127.0.0.1:1/{marked['webhook path']}?token={marked['webhook path']}"
+    with_webhook = ("--burst", "100000", "--webhook-url", reported, "--webhook-secret", "-")
+    said = ""
+    for name, scope, more in (("API key", "app", ()), ("website key", "public", with_webhook)):
+        made = switchboard(
+            *("keys", "create", "--name", "marked", "--scope", scope, "--json", *more),
+            stdin=marked["webhook secret"],
+        )
+        assert made.code == 0, made.err
+        marked[name] = json.loads(made.out)["key"]
+        said += made.err
+    return said
+
+
 @pytest.mark.parametrize("environment", ["development", "production"])
 def test_no_secret_and_nobody_s_data_is_found_in_a_log_or_an_error(
     servers: Servers, own_database_url: str, tmp_path: Path, switchboard: Callable[..., Said], environment: str
@@ -749,8 +822,7 @@ def test_no_secret_and_nobody_s_data_is_found_in_a_log_or_an_error(
             "workflows", "add", "marked", "--hook-url", hook, "--hook-key", "-", stdin=marked["hook key"]
         )
         assert added.code == 0, added.err
-        made = switchboard("keys", "create", "--name", "marked", "--scope", "app", "--json")
-        marked["API key"] = json.loads(made.out)["key"]
+        said_of_keys = make_keys(switchboard, marked)
         http = stack.enter_context(httpx.Client(base_url=service.address, timeout=20))
         as_key = {"Authorization": f"Bearer {marked['API key']}"}
         answer = http.post("/api/happyrobot/tokens", json={"context_ids": [marked["context"]]}, headers=as_key)
@@ -766,6 +838,10 @@ def test_no_secret_and_nobody_s_data_is_found_in_a_log_or_an_error(
         usual = steps(marked, start("api_answer=401,silent"))
         answers += ask(http, usual)
         assert marked["name"] in http.get(RUNS).text, "nothing came through"
+        decided = let_a_website_decide(http, marked, upstream)
+        assert [code for code, _ in decided] == [400, 400, 409, 200, 409], decided
+        answers += decided
+        until(lambda: "webhook not delivered" in service.err and "decision is refused" in service.err)
         with broken(
             own_database_url,
             refusing("executions", "input", marked["transcript"]),
@@ -798,7 +874,8 @@ def test_no_secret_and_nobody_s_data_is_found_in_a_log_or_an_error(
         "the simulator's output": simulator.out,
         "the simulator's log": simulator.err,
         "what is said of a workflow": added.out + added.err,
-        "what is said of a key": made.err,
+        "what is said of keys": said_of_keys,
+        "what is said of webhooks": switchboard("deliveries", "list", "--json").out,
         "an answer": "\n".join(text for _, text in answers) + nonsense,
     }
     found = [

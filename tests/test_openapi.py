@@ -2,10 +2,11 @@
 
 import asyncio
 import functools
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
@@ -39,6 +40,8 @@ SESSION = "/api/happyrobot/session"
 TOKENS = "/api/happyrobot/tokens"
 KNOWN = "a-run-that-is-over"
 UNDER_WAY = "the-run-that-is-under-way"  # stands for the id that the simulator gives it
+WEBSITE = "5" * 64  # an API key
+EXECUTION = str(UUID(int=5))
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def subject(servers: Servers, template: str) -> Iterator[Subject]:
     asyncio.run(run_sql(servers.database_url, f"CREATE DATABASE {name} TEMPLATE {template}"))
     url = with_database(servers.database_url, name)
     known = f"INSERT INTO agent_runs (run_id, context_id, status) VALUES ('{KNOWN}', 'c', 'COMPLETED')"
-    asyncio.run(run_sql(url, known))
+    asyncio.run(run_sql(url, known, *of_a_website()))
     with (
         local.environment(
             DATABASE_URL=url,
@@ -80,12 +83,37 @@ def subject(servers: Servers, template: str) -> Iterator[Subject]:
     asyncio.run(run_sql(servers.database_url, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
+def of_a_website() -> Iterator[str]:
+    """A key of the Public API, an execution of it, and a webhook about that."""
+    key_id, digest = UUID(int=1), hashlib.sha256(WEBSITE.encode()).hexdigest()
+    yield f"INSERT INTO api_keys (id, name, scopes, burst) VALUES ('{key_id}', 'w', '{{public}}', 100000)"
+    yield f"INSERT INTO api_key_digests (digest, key_id) VALUES (decode('{digest}', 'hex'), '{key_id}')"
+    yield (
+        "INSERT INTO executions (id, workflow_id, context_id, status, input, key_id) "
+        f"VALUES ('{EXECUTION}', 'default', 'c', 'completed', '{{}}', '{key_id}')"
+    )
+    yield (
+        "INSERT INTO deliveries (id, key_id, execution_id, event, body, status) "
+        f"VALUES ('{EXECUTION}', '{key_id}', '{EXECUTION}', 'execution.completed', '{{}}', 'delivered')"
+    )
+    yield (
+        "INSERT INTO delivery_attempts (delivery_id, number, started_at, duration_ms, status_code) "
+        f"VALUES ('{EXECUTION}', 1, now(), 7, 200)"
+    )
+
+
+def headers_for(path: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {WEBSITE}"} if path.startswith(PUBLIC) else HEADERS
+
+
 def document() -> dict[str, Any]:
     """The document, in which some requests are made to ask for what is there."""
     found = create_app(settings_for("postgresql://unused", "redis://unused", None)).openapi()
     for path in found["paths"].values():
         for operation in path.values():
             for parameter in operation.get("parameters", []):
+                if parameter["name"] == "id":
+                    parameter["examples"] = {"known": {"value": EXECUTION}}
                 if parameter["name"] == "run_id":
                     parameter["examples"] = {"known": {"value": KNOWN}, "under way": {"value": UNDER_WAY}}
     return found
@@ -101,7 +129,24 @@ def test_every_answer_is_one_that_the_document_describes(case: schemathesis.Case
     for place in (case.path_parameters, case.query):
         if place and place.get("run_id") == UNDER_WAY:
             place["run_id"] = subject.under_way
-    case.call_and_validate(base_url=subject.url, headers=HEADERS, checks=CHECKS)
+    case.call_and_validate(base_url=subject.url, headers=headers_for(case.path), checks=CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/executions/{id}/status", 200),
+        ("GET", "/executions/{id}/results", 200),
+        ("GET", "/executions/{id}/pending-approval", 409),
+        ("POST", "/executions/{id}/approve", 409),
+        ("GET", "/deliveries", 200),
+        ("POST", "/deliveries/{id}/redeliver", 202),
+    ],
+)
+def test_so_is_what_a_website_is_told(subject: Subject, method: str, path: str, status: int):
+    case = schema[PUBLIC + path][method].Case(path_parameters={"id": EXECUTION} if "{id}" in path else {})
+    answer = case.call_and_validate(base_url=subject.url, headers=headers_for(PUBLIC), checks=CHECKS)
+    assert answer.status_code == status
 
 
 RUN = "/api/happyrobot/runs/{run_id}"

@@ -312,6 +312,16 @@ async def test_the_demo_stays_until_it_is_told_to_leave_and_its_lines_work(tmp_p
     assert (code, err) == (0, "")
 
 
+async def test_the_demo_shows_a_website_that_decides(tmp_path: Path):
+    process = command("demo", "--once", "--approval", "--pace", "0.01", "--port", "0", cwd=tmp_path)
+    code, out, err = await asyncio.to_thread(finish, process)
+    assert code == 0, err
+    told = [line.split()[1:] for line in out.splitlines() if "execution." in line]
+    assert told == [[f"execution.{what}", "✓", "signature"] for what in ("started", "pending_approval", "completed")]
+    for expected in ("Ada Miller", "Execution approved and will continue", "load_booked"):
+        assert expected in out
+
+
 async def test_the_simulator_can_be_run_alone():
     with local.environment(HAPPYROBOT_X_API_KEY="k"), local.child("simulate", "--port", "0") as address:
         async with httpx.AsyncClient(base_url=address) as http:

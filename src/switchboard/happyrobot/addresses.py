@@ -54,18 +54,17 @@ def hook_for(url: str, environment: str | None) -> tuple[str, str]:
 _HAPPYROBOT = ".happyrobot.ai"
 
 
-def may_decide_at(url: str, hook_url: str, hosts: Collection[str], *, https_only: bool) -> bool:
+def may_decide_at(url: str, hook_url: str, hosts: Collection[str]) -> bool:
     """Whether a decision may be sent to an address that came with a callback.
 
-    On the hook's own host, at HappyRobot, and on hosts that somebody has listed. Elsewhere it has to be encrypted.
+    Where the hook itself is, and, encrypted, at HappyRobot and on hosts that somebody has listed.
     """
     try:
         there, hook = urlsplit(http_address(url)), urlsplit(hook_url)
-        at_the_hook = (there.hostname, there.port) == (hook.hostname, hook.port) and there.scheme == hook.scheme
+        if (there.scheme, there.hostname, there.port) == (hook.scheme, hook.hostname, hook.port):
+            return True
     except ValueError:
         return False
-    if at_the_hook:
-        return there.scheme == "https" or not https_only
     host = there.hostname or ""
     listed = host in {each.lower() for each in hosts} or there.netloc.lower() in {each.lower() for each in hosts}
     return there.scheme == "https" and (host.endswith(_HAPPYROBOT) or listed)

@@ -77,9 +77,8 @@ class Decider:
 
     def _hook(self, approval: Row[Any], workflow: Workflow) -> Hook | None:
         """Where a decision goes: where its request says, if that may be, else to the workflow's approval hook."""
-        https_only = self._settings.environment == "production"
         hosts = self._settings.happyrobot_resume_hosts
-        if approval.resume_url and may_decide_at(approval.resume_url, workflow.hook.url, hosts, https_only=https_only):
+        if approval.resume_url and may_decide_at(approval.resume_url, workflow.hook.url, hosts):
             url = approval.resume_url
         elif workflow.approval_url is not None:
             url = workflow.approval_url
