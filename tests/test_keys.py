@@ -624,3 +624,14 @@ async def test_a_secret_that_is_set_meanwhile_is_not_overwritten_by_the_one_befo
         sealed = await conn.scalar(select(workflow_rows.c.hook_key))
     assert sealer.open(sealed or "").get_secret_value() == "meanwhile"
     await engine.dispose()
+
+
+@pytest.mark.parametrize("rest", ["", "short", "not*base64*not*base64*not*base64", "QUJDREVGR0hJSktMTU5PUA=="])
+async def test_a_secret_in_the_form_of_standard_webhooks_is_one(command: Command, name: str, rest: str):
+    """Else their libraries would make another key of it than we do."""
+    refused = command(
+        *("keys", "create", "--name", name, "--scope", "public", "--webhook-url", "https://a.example"),
+        *("--webhook-secret", f"whsec_{rest}".ljust(16, "=")),
+    )
+    assert refused.code == 1
+    assert "Base64 of 24 bytes or more" in refused.err

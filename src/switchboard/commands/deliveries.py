@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from switchboard.commands.keys import only
+from switchboard.commands.keyring import only
 from switchboard.commands.running import Json, in_database, refuse, two_lines
 from switchboard.deliveries import log
 from switchboard.deliveries.log import Delivery, Wanted
