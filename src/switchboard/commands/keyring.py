@@ -28,13 +28,14 @@ Grace = Annotated[str, typer.Option(help="How long the one that it replaces goes
 
 
 def duration(option: str, text: str, *, least: timedelta) -> timedelta:
+    """How long an option says; ends the command where it says nothing of use."""
     match = re.fullmatch(r"(\d{1,7})([smhdw])", text.strip())
     if match is None:
         refuse(f"{option} is a number with a unit, such as 90m, 24h, 30d or 8w")
-    duration = timedelta(**{_UNITS[match[2]]: int(match[1])})
-    if not least <= duration <= _LONGEST:
+    found = timedelta(**{_UNITS[match[2]]: int(match[1])})
+    if not least <= found <= _LONGEST:
         refuse(f"{option} is at least {int(least.total_seconds())} s, and at most 100 years")
-    return duration
+    return found
 
 
 async def again(conn: AsyncConnection, key: ApiKey) -> ApiKey:

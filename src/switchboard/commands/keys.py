@@ -26,9 +26,6 @@ from switchboard.workflows import DEFAULT_WORKFLOW
 
 app = typer.Typer(help="API keys of your own applications and of your customers' websites.", no_args_is_help=True)
 
-app.command()(webhook)
-app.command()(rotate_secret)
-
 _PUBLIC_LIMIT = 1000
 """Executions a month of a customer's key that is not given another limit."""
 
@@ -184,6 +181,10 @@ def rotate(key: Key, grace: Grace = "24h", as_json: Json = False) -> None:
 
     rotated, secret, until = in_database(work, sealing=False)
     _hand_over(rotated, secret, as_json, previous_until=until)
+
+
+app.command()(webhook)
+app.command()(rotate_secret)
 
 
 def _hand_over(
