@@ -4,21 +4,25 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import select, text, update
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import workflows as registry
+from switchboard.events import NewEvent
+from switchboard.executions import approval_data, requires_comment
 from switchboard.happyrobot.addresses import may_decide_at, takes_hook_key
 from switchboard.happyrobot.client import Hook
 from switchboard.happyrobot.simulator import Faults, Run, Simulator
-from switchboard.runs.approvals import pending_of
-from switchboard.runs.status import execution_status
+from switchboard.runs.ingest import write
+from switchboard.runs.reconcile import Patience, Watch, _watch
+from switchboard.runs.sorting import Decision, NewRuns, News
+from switchboard.runs.status import Standing, execution_status
 from switchboard.tables import ApprovalStatus, ExecutionStatus, RunStatus, approvals
 from tests.conftest import (
     API_KEY,
@@ -284,11 +288,25 @@ async def test_a_decision_is_about_the_request_that_it_names(desk: Desk):
     assert (await desk.website.status(execution_id))["approvalStatus"] == "pending"
     again = await desk.decide(execution_id, "approve", approvalId=str(first.id))
     assert again.status_code == 200
-    shown = (await desk.website.get(f"/executions/{execution_id}/pending-approval")).json()
-    assert (shown["approvalId"], shown["approvalData"]["rows"]) == (str(second.id), [{"n": 2}])
     for unknown in ("nonsense", str(desk.website.key_id)):
         assert (await desk.decide(execution_id, "approve", approvalId=unknown)).status_code == 409
     assert [row.status for row in await desk.rows(execution_id)] == ["approved", "pending"]
+    assert (await desk.decide(execution_id, "approve", approvalId=str(second.id))).status_code == 200
+    assert [row.status for row in await desk.rows(execution_id)] == ["approved", "approved"]
+
+
+async def test_who_repeats_a_decision_does_not_decide_the_next_question(desk: Desk):
+    """The answer to the first was lost. A website that knows nothing of ids looks at what it decides."""
+    execution_id = await desk.asked()
+    assert (await desk.decide(execution_id, "approve")).status_code == 200, "the first, also unseen"
+    await ask_again(desk, execution_id, rows=[{"n": 2}])
+    assert (await desk.decide(execution_id, "approve")).status_code == 200, "as before"
+    assert (await desk.decide(execution_id, "reject")).status_code == 409
+    assert [row.status for row in await desk.rows(execution_id)] == ["approved", "pending"]
+    shown = (await desk.website.get(f"/executions/{execution_id}/pending-approval")).json()
+    assert shown["approvalData"]["rows"] == [{"n": 2}]
+    assert (await desk.decide(execution_id, "approve")).status_code == 200
+    assert [row.status for row in await desk.rows(execution_id)] == ["approved", "approved"]
 
 
 async def test_the_same_request_twice_is_one(desk: Desk):
@@ -298,7 +316,148 @@ async def test_the_same_request_twice_is_one(desk: Desk):
         await ask_again(desk, execution_id, rows=[{"n": 2}])
     assert len(await desk.rows(execution_id)) == 2
     await ask_again(desk, execution_id, rows=[{"n": 3}])
+    _, second, _ = await desk.rows(execution_id)
+    # Also when it was decided: who names an address waits there once.
+    assert (await desk.decide(execution_id, "approve", approvalId=str(second.id))).status_code == 200
+    await ask_again(desk, execution_id, rows=[{"n": 2}])
     assert len(await desk.rows(execution_id)) == 3
+
+
+async def test_who_names_no_address_may_ask_the_same_again(desk: Desk):
+    execution_id = await desk.website.execute({"simulate": {"faults": "silent"}})
+    await desk.website.until(execution_id, "running")
+    run_id = desk.run_of(execution_id).id
+    for number in (1, 2):
+        for _ in range(2):
+            await desk.service.callback(run_id, "pending_approval", {"rows": []})
+        assert len(await desk.rows(execution_id)) == number
+        await desk.website.get(f"/executions/{execution_id}/pending-approval")
+        assert (await desk.decide(execution_id, "approve")).status_code == 200
+
+
+async def in_one_turn(desk: Desk, *news: News) -> list[Any]:
+    """What comes of news that are written together."""
+    async with desk.db.begin() as conn:
+        return list((await write(conn, news)).outcomes)
+
+
+async def test_a_rejection_is_for_good_whatever_comes_with_it(desk: Desk):
+    for approve_first in (True, False):
+        execution_id = await desk.website.execute({"simulate": {"runs": 3, "faults": "silent"}})
+        await desk.website.until(execution_id, "running")
+        first, second, third = sorted(
+            run.id for run in desk.simulator.runs.values() if run.payload["execution_id"] == execution_id
+        )
+        for run_id in (first, second):
+            await desk.service.callback(run_id, "pending_approval", {"run": run_id})
+        one, other = await desk.rows(execution_id)
+        approve = Decision(one.execution_id, ApprovalStatus.APPROVED, approval_id=one.id)
+        reject = Decision(one.execution_id, ApprovalStatus.REJECTED, approval_id=other.id)
+        asks = NewEvent(third, "pending_approval", {"rows": []}, RunStatus.RUNNING)
+        if approve_first:
+            await in_one_turn(desk, approve, reject, asks)
+        else:
+            await in_one_turn(desk, reject, approve, asks)
+        status = await desk.website.status(execution_id)
+        assert (status["status"], status["approvalStatus"]) == ("cancelled", "rejected")
+        assert "pending" not in [row.status for row in await desk.rows(execution_id)]
+        assert (await desk.decide(execution_id, "approve")).status_code == 409
+        assert (await desk.decide(execution_id, "reject")).status_code == 200
+        # Not even what it asks afterwards.
+        await desk.service.callback(third, "pending_approval", {"rows": [{"late": True}]})
+        assert (await desk.website.status(execution_id))["status"] == "cancelled"
+
+
+async def test_a_run_that_joins_what_was_rejected_is_stopped_too(desk: Desk):
+    execution_id = await desk.asked()
+    assert (await desk.decide(execution_id, "reject")).status_code == 200
+    other = await desk.website.execute({"simulate": {"approval": True}})
+    await desk.website.until(other, "pending_approval")
+    stray = desk.run_of(other)
+    async with desk.db.begin() as conn:
+        await conn.execute(text("DELETE FROM agent_runs WHERE run_id = :id"), {"id": stray.id})
+    [row] = await desk.rows(execution_id)
+    await desk.service.state["intake"].take(NewRuns(row.execution_id, "default", "c", "late", None, [stray.id]))
+
+    async def stopped() -> bool:
+        return stray.over
+
+    await until(stopped)
+    assert (await desk.website.status(execution_id))["status"] == "cancelled"
+
+
+async def test_time_that_people_take_to_decide_is_no_silence(desk: Desk):
+    """Somebody may sleep over it. What only we hold for dead may still be decided."""
+    patience = Patience(15, 1800)
+    watch = Watch(Standing(RunStatus.RUNNING), silent=7200, unheard=7200, newest_event=1, kept=False)
+    assert patience.is_stale(watch)
+    assert not patience.is_stale(replace(watch, waits=True))
+    assert patience.is_stale(replace(watch, waits=True, unheard=90_000)), "but not for ever"
+    execution_id = await desk.asked()
+    run = desk.run_of(execution_id)
+    async with desk.db.begin() as conn:
+        found = await _watch_of(desk, run.id)
+        assert found.waits
+        guess = NewEvent(run.id, "timed_out", {}, RunStatus.FAILED, guess=True, only_if_it_moves=True)
+        await write(conn, [guess])
+    assert (await desk.website.get(f"/executions/{execution_id}/pending-approval")).status_code == 200
+    assert (await desk.decide(execution_id, "approve")).status_code == 200
+    await desk.website.until(execution_id, "completed")
+    assert desk.told(execution_id) == ["approved"]
+
+
+async def _watch_of(desk: Desk, run_id: str) -> Watch:
+    found = await _watch(desk.db, run_id)
+    assert found is not None
+    return found
+
+
+async def test_a_request_that_an_older_version_left_open_cannot_be_decided_after_its_run(desk: Desk):
+    execution_id = await desk.asked()
+    run_id = desk.run_of(execution_id).id
+    async with desk.db.begin() as conn:
+        await conn.execute(text("UPDATE agent_runs SET status = 'COMPLETED' WHERE run_id = :id"), {"id": run_id})
+        await conn.execute(
+            text("UPDATE executions SET status = 'completed' WHERE id = CAST(:id AS uuid)"), {"id": execution_id}
+        )
+    assert (await desk.decide(execution_id, "reject")).status_code == 409
+    status = await desk.website.status(execution_id)
+    assert (status["status"], status["approvalStatus"]) == ("completed", None)
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        ({"rows": [1], "metadata": {"a": 1}, "displayFields": ["x"], "more": 2}, None),
+        ([{"n": 1}], {"rows": [{"n": 1}], "metadata": {}, "displayFields": []}),
+        ('{"rows": [{"n": 1}]}', {"rows": [{"n": 1}], "metadata": {}, "displayFields": []}),
+        ("not JSON", {"rows": [], "metadata": {}, "displayFields": []}),
+        (None, {"rows": [], "metadata": {}, "displayFields": []}),
+        (
+            {"rows": None, "metadata": "x", "displayFields": None},
+            {"rows": [], "metadata": {}, "displayFields": []},
+        ),
+    ],
+)
+def test_a_page_can_rely_on_the_shape_whatever_the_workflow_sends(data: Any, shown: Any):
+    assert approval_data(data) == (data if shown is None else shown)
+
+
+@pytest.mark.parametrize(
+    ("value", "required"),
+    [
+        (True, True),
+        ("true", True),
+        (1, True),
+        (False, False),
+        ("false", False),
+        (0, False),
+        (None, False),
+        ([1], False),
+    ],
+)
+def test_authors_write_it_in_several_ways_that_a_comment_is_required(value: Any, required: bool):
+    assert requires_comment({"metadata": {"requireComment": value}}) is required
 
 
 async def test_what_a_run_has_asked_for_is_withdrawn_when_it_is_over(desk: Desk):
@@ -393,7 +552,8 @@ async def test_a_rejected_call_is_stopped_though_nobody_listens_to_the_decision(
     await until(stopped)
 
 
-async def test_nobody_is_told_again_who_says_that_there_is_nothing_to_decide(desk: Desk):
+async def test_nobody_is_told_for_ever_who_says_that_there_is_nothing_to_decide(desk: Desk):
+    """But again at first: whoever answers there may just be starting."""
     execution_id = await desk.asked()
     desk.run_of(execution_id).faults = Faults(resume_answer="410")
     assert (await desk.decide(execution_id, "approve")).status_code == 200
@@ -406,7 +566,7 @@ async def test_nobody_is_told_again_who_says_that_there_is_nothing_to_decide(des
             return not await conn.scalar(query, {"key": f"decide:{row.id}"})
 
     await until(done)
-    assert len(desk.told(execution_id)) == 1
+    assert len(desk.told(execution_id)) == 4
 
 
 async def test_a_decision_without_an_address_waits_for_one(desk: Desk, servers: Servers):
@@ -446,18 +606,64 @@ async def hooked(desk: Desk, approval_url: str | None, workflow_id: str = "") ->
 
 
 @contextlib.asynccontextmanager
-async def receiver(heard: list[httpx.Request]) -> AsyncIterator[str]:
-    """A server that takes everything, and remembers it."""
+async def receiver(heard: list[httpx.Request], *, slow: float = 0) -> AsyncIterator[str]:
+    """A server that takes everything, remembers it, and answers after so many seconds."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
             headers = [(name.decode(), value.decode()) for name, value in scope["headers"]]
             heard.append(httpx.Request(scope["method"], f"http://receiver{scope['path']}", headers=headers))
+            await asyncio.sleep(slow)
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": b""})
 
     async with serving(lambda _: app) as (url, _):
         yield url
+
+
+async def test_what_cannot_be_told_because_a_key_cannot_be_read_is_stopped_all_the_same(desk: Desk):
+    workflow_id = await hooked(desk, None)
+    execution_id = await desk.website.execute({"simulate": {"approval": True}}, workflow=workflow_id)
+    await desk.website.until(execution_id, "pending_approval")
+    async with desk.db.begin() as conn:
+        await conn.execute(text("UPDATE workflows SET hook_key = 'broken' WHERE id = :id"), {"id": workflow_id})
+    assert (await desk.decide(execution_id, "reject")).status_code == 200
+    run = desk.run_of(execution_id)
+
+    async def stopped() -> bool:
+        await desk.hurry()
+        return run.over
+
+    await until(stopped)
+    assert desk.told(execution_id) == []
+
+
+async def test_a_decision_that_is_being_told_is_told_out_when_the_worker_is_to_stop(
+    own_database: str, servers: Servers
+):
+    """Else HappyRobot would be told twice with each deployment."""
+    simulator = Simulator(hook_key=HOOK_KEY, api_key=API_KEY, pace=0.002)
+    async with serving(lambda _: simulator.app) as (upstream, _):
+        heard: list[httpx.Request] = []
+        async with receiver(heard, slow=1.0) as url:
+            settings = settings_for(own_database, servers.redis_url, upstream)
+            async with running_service(settings, worker=True) as service:
+                desk = Desk(service, service.state["db"], await new_website(service, service.state["db"]), simulator)
+                given = {"simulate": {"faults": "silent"}}
+                execution_id = await desk.website.execute(given, workflow=await hooked(desk, f"{url}/approvals"))
+                await desk.website.until(execution_id, "running")
+                await desk.service.callback(desk.run_of(execution_id).id, "pending_approval", {"rows": []})
+                assert (await desk.decide(execution_id, "approve")).status_code == 200
+
+                async def began() -> bool:
+                    return bool(heard)
+
+                await until(began)
+            async with running_service(settings) as service:
+                query = select(approvals.c.told_at).where(approvals.c.execution_id == execution_id)
+                async with service.state["db"].connect() as conn:
+                    assert await conn.scalar(query) is not None
+    assert len(heard) == 1
 
 
 async def test_a_decision_survives_the_process_that_took_it(own_database: str, servers: Servers):
@@ -489,17 +695,6 @@ async def test_decisions_are_in_the_timeline(desk: Desk):
     [event] = [event for event in timeline if event["event_type"] == "approved"]
     assert event["data"] == {"approval_id": str(row.id), "comment": "go"}
     assert event["status"] == "RUNNING"
-
-
-async def test_what_is_pending_is_found_by_its_execution(desk: Desk):
-    execution_id = await desk.asked()
-    [row] = await desk.rows(execution_id)
-    async with desk.db.begin() as conn:
-        found = await pending_of(conn, row.execution_id)
-        assert found is not None
-        assert found.id == row.id
-        await conn.execute(update(approvals).where(approvals.c.id == row.id).values(status=ApprovalStatus.APPROVED))
-        assert await pending_of(conn, row.execution_id) is None
 
 
 HOOK = "https://workflows.platform.happyrobot.ai/hooks/x"

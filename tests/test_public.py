@@ -22,10 +22,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from switchboard import workflows as registry
 from switchboard.access import keys
 from switchboard.access.rates import Rates
-from switchboard.errors import PUBLIC
+from switchboard.errors import PUBLIC, PostgresAway
 from switchboard.executions import RunEnd, error, output, word
 from switchboard.happyrobot.client import Hook
 from switchboard.happyrobot.simulator import Call, Simulator
+from switchboard.runs import trigger
+from switchboard.runs.sorting import NewRuns, News, Outcome
 from switchboard.runs.sweep import sweep
 from switchboard.tables import ExecutionStatus, KeyScope, RunStatus, api_key_usage, executions
 from tests.conftest import (
@@ -35,6 +37,7 @@ from tests.conftest import (
     Service,
     new_database,
     new_key,
+    run_sql,
     running_service,
     serving,
     settings_for,
@@ -464,6 +467,86 @@ async def test_what_was_accepted_is_started_when_a_worker_comes_and_never_twice(
             assert known == ExecutionStatus.SUBMISSION_UNKNOWN
     placed = Counter(call.payload and call.payload["execution_id"] for call in simulator.calls)
     assert placed == Counter(ids[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ("UPDATE executions SET created_at = now() - interval '31 minutes'", "It could not be started in time"),
+        ("UPDATE api_keys SET active = false", "The API key was revoked before it was started"),
+    ],
+)
+async def test_nobody_is_called_for_what_is_old_or_whose_key_was_revoked(
+    own_database: str, servers: Servers, change: str, error: str
+):
+    simulator = Simulator(hook_key=HOOK_KEY, pace=0.002)
+    async with serving(lambda _: simulator.app) as (upstream, _):
+        settings = settings_for(own_database, servers.redis_url, upstream)
+        async with running_service(settings) as service:
+            execution_id = await (await new_website(service, service.state["db"])).execute()
+            await run_sql(own_database, change)
+        async with running_service(settings, worker=True) as service:
+            assert await error_of(service.state["db"], execution_id) == error
+    assert simulator.calls == []
+
+
+async def error_of(db: AsyncEngine, execution_id: str) -> str:
+    """Why an execution has failed, once it has."""
+    query = select(executions.c.status, executions.c.error).where(executions.c.id == execution_id)
+
+    async def failed() -> bool:
+        async with db.connect() as conn:
+            return bool((await conn.execute(query)).one().status == ExecutionStatus.FAILED)
+
+    await until(failed)
+    async with db.connect() as conn:
+        return str((await conn.execute(query)).one().error)
+
+
+async def test_a_call_that_is_being_placed_is_heard_out_when_the_worker_is_to_stop(own_database: str, servers: Servers):
+    """Else each deployment would lose the calls of its moment."""
+    asked = asyncio.Event()
+
+    async def hook(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            asked.set()
+            await asyncio.sleep(1)
+            headers = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b'{"queued_run_ids": ["the-run"]}'})
+
+    async with serving(lambda _: hook) as (url, _):
+        settings = settings_for(own_database, servers.redis_url, url, happyrobot_api_key=None)
+        async with running_service(settings, worker=True) as service:
+            website = await new_website(service, service.state["db"])
+            execution_id = await website.execute()
+            await asked.wait()
+        async with running_service(settings) as service:
+            again = Website(service.http, website.key_id, website.headers)
+            assert (await again.status(execution_id))["status"] == "running"
+
+
+async def test_runs_are_recorded_however_long_postgresql_is_away(
+    own_database: str, servers: Servers, monkeypatch: pytest.MonkeyPatch
+):
+    simulator = Simulator(hook_key=HOOK_KEY, api_key=API_KEY, pace=0.002)
+    monkeypatch.setattr(trigger, "_PAUSES", (0.01,))
+    async with serving(lambda _: simulator.app) as (upstream, _):
+        settings = settings_for(own_database, servers.redis_url, upstream)
+        async with running_service(settings, worker=True) as service:
+            intake, away = service.state["intake"], Counter[str]()
+            take = intake.take
+
+            async def away_for_a_while(news: News) -> Outcome:
+                if isinstance(news, NewRuns) and away["times"] < 20:
+                    away["times"] += 1
+                    raise PostgresAway("PostgreSQL takes no connection")
+                return await take(news)
+
+            monkeypatch.setattr(intake, "take", away_for_a_while)
+            website = await new_website(service, service.state["db"])
+            await website.until(await website.execute(), "completed")
+    assert (away["times"], len(simulator.calls)) == (20, 1)
 
 
 # The monthly limit

@@ -19,14 +19,11 @@ def _created_at() -> sa.Column[object]:
 
 
 def upgrade() -> None:
+    # The one writer's turn: who is in the middle of one has locked some of these tables, and waits for others.
+    op.execute("SELECT pg_advisory_xact_lock(7308060441651407467)")
     op.alter_column("executions", "answer_by", nullable=True)
-    op.add_column("executions", _moment("began_at"))
-    op.add_column("executions", sa.Column("approval_status", sa.String(length=50), nullable=True))
-    # Those that have runs have begun, and nobody is to be told so now.
-    op.execute(
-        "UPDATE executions SET began_at = created_at "
-        "WHERE EXISTS (SELECT FROM agent_runs WHERE agent_runs.execution_id = executions.id)"
-    )
+    for column in (_moment("began_at"), sa.Column("approval_status", sa.String(length=50), nullable=True)):
+        op.add_column("executions", column)
     op.add_column("held_callbacks", sa.Column("resume_url", sa.Text(), nullable=True))
     op.create_table(
         "approvals",
@@ -37,10 +34,12 @@ def upgrade() -> None:
         sa.Column("status", sa.String(length=50), server_default="pending", nullable=False),
         sa.Column("data", postgresql.JSON(none_as_null=True, astext_type=sa.Text()), nullable=True),
         sa.Column("require_comment", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("fingerprint", sa.Uuid(), nullable=False),
         sa.Column("resume_url", sa.Text(), nullable=True),
         sa.Column("comment", sa.Text(), nullable=True),
         sa.Column("decided_by", sa.Uuid(), nullable=True),
         _created_at(),
+        _moment("shown_at"),
         _moment("decided_at"),
         _moment("told_at"),
         sa.CheckConstraint(

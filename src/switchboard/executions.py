@@ -1,13 +1,14 @@
 """Executions as the Public API tells of them: to those who ask, and in webhooks."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, Self
 from uuid import UUID
 
-from pydantic_core import to_json
-from sqlalchemy import ColumnElement, Row, select
+from pydantic_core import from_json, to_json
+from sqlalchemy import ARRAY, ColumnElement, Row, Uuid, any_, literal, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -108,6 +109,15 @@ def output(runs: Sequence[RunEnd]) -> Any:
     }
 
 
+def lacks_something(runs: Sequence[RunEnd]) -> bool:
+    """Whether HappyRobot may have more to say about a run that is over: its result, or why it failed."""
+    return any(
+        (run.status is RunStatus.COMPLETED and run.result is None)
+        or (run.status is RunStatus.FAILED and run.error is None)
+        for run in runs
+    )
+
+
 def error(own: str | None, runs: Sequence[RunEnd]) -> str:
     """Why an execution failed, in a sentence."""
     failed = next((run for run in runs if run.status is RunStatus.FAILED), None)
@@ -125,24 +135,46 @@ def _text(error: Any) -> str | None:
     return to_json(error).decode()
 
 
+_APPROVAL_SHAPE: dict[str, type] = {"rows": list, "metadata": dict, "displayFields": list}
+
+
 def approval_data(data: Any) -> dict[str, Any]:
-    """What is to be decided about, with all that a page which shows it relies on."""
-    return {"rows": [], "metadata": {}, "displayFields": [], **(data if isinstance(data, dict) else {})}
+    """What is to be decided about, with all that a page which shows it relies on, whatever the workflow has sent."""
+    if isinstance(data, str):
+        with contextlib.suppress(ValueError):
+            data = from_json(data)
+    found: dict[str, Any] = dict(data) if isinstance(data, dict) else {"rows": data}
+    for name, shape in _APPROVAL_SHAPE.items():
+        if not isinstance(found.get(name), shape):
+            found[name] = shape()
+    return found
 
 
-async def ends_of(conn: AsyncConnection, execution_id: UUID) -> list[RunEnd]:
-    """What became of the runs of an execution, in HappyRobot's order."""
+def requires_comment(data: Any) -> bool:
+    """Whether a decision needs a comment; authors write it as a boolean, or as a text that their tool makes of one."""
+    return approval_data(data)["metadata"].get("requireComment") in (True, 1, "true", "True", "1")
+
+
+async def ends_of(conn: AsyncConnection, execution_ids: Collection[UUID]) -> dict[UUID, list[RunEnd]]:
+    """What became of the runs of executions, in HappyRobot's order."""
+    if not execution_ids:
+        return {}
     query = (
         select(
+            agent_runs.c.execution_id,
             agent_runs.c.run_id,
             agent_runs.c.status,
             _metadata("result"),
             _metadata("error"),
         )
-        .where(agent_runs.c.execution_id == execution_id)
+        .where(agent_runs.c.execution_id == any_(literal(list(execution_ids), ARRAY(Uuid))))
         .order_by(agent_runs.c.id)
     )
-    return [RunEnd(row.run_id, RunStatus(row.status), row.result, row.error) for row in await conn.execute(query)]
+    found: dict[UUID, list[RunEnd]] = {}
+    for row in await conn.execute(query):
+        end = RunEnd(row.run_id, RunStatus(row.status), row.result, row.error)
+        found.setdefault(row.execution_id, []).append(end)
+    return found
 
 
 def _metadata(name: str) -> ColumnElement[Any]:

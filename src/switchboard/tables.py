@@ -192,12 +192,16 @@ approvals = Table(
     # What is to be decided about, as HappyRobot sent it.
     Column("data", JSON(none_as_null=True)),
     Column("require_comment", Boolean, nullable=False, server_default=false()),
+    # The same for every copy of it.
+    Column("fingerprint", Uuid, nullable=False),
     # Where the decision goes, if the request says so; forgotten when it is there, for whoever knows it can decide.
     Column("resume_url", Text),
     Column("comment", Text),
     # Whose API key decided.
     Column("decided_by", Uuid),
     _created_at(),
+    # When somebody first looked at it.
+    Column("shown_at", DateTime(timezone=True)),
     Column("decided_at", DateTime(timezone=True)),
     # When HappyRobot took the decision.
     Column("told_at", DateTime(timezone=True)),

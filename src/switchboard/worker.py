@@ -34,6 +34,12 @@ _LOOK_EVERY = timedelta(seconds=2)
 _BATCH, _CALLS_AT_ONCE, _WEBHOOKS_AT_ONCE = 10, 40, 200
 """Jobs that a worker picks in one go, and those that it has under way: for HappyRobot, and for customers."""
 
+_SAID_ONCE = frozenset({jobs.START, jobs.DECIDE, jobs.DELIVER})
+"""Jobs that tell somebody something, who should be heard out."""
+
+_GRACE = 8.0
+"""Seconds that they get when the worker is told to stop."""
+
 _AFTER_TROUBLE = 10.0
 """Seconds until a job that failed is tried again."""
 
@@ -145,11 +151,16 @@ class _Worker:
         return handle
 
     async def _unless_stopped(self, job: Picked, work: Work) -> float | None:
+        if self._stopping.is_set():
+            return 0.0
         subject = (job.payload or b"").decode()
         doing = asyncio.ensure_future(work(subject, job.attempts))
         stopped = asyncio.create_task(self._stopping.wait())
         await asyncio.wait({doing, stopped}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
+        if not doing.done() and job.entrypoint in _SAID_ONCE:
+            # What they are about is on its way: cut off, nobody would know what became of it.
+            await asyncio.wait({doing}, timeout=_GRACE)
         if not doing.done():
             # Not cancelled by the queue, which would drop the job: the next worker takes it.
             await end(doing)

@@ -87,7 +87,7 @@ async def point(
     Without a secret a key keeps the one that it has, or gets one.
     """
     # Locked: of two that find none, only one makes one.
-    mine = select(api_keys.c.webhook_secret).where(api_keys.c.id == key_id).with_for_update()
+    mine = select(api_keys.c.webhook_secret).where(api_keys.c.id == key_id).with_for_update(key_share=True)
     has_one = await conn.scalar(mine)
     fresh = secret or (None if has_one else new_secret())
     values: dict[str, Any] = {

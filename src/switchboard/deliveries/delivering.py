@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from switchboard.access.webhooks import Endpoint, endpoint_of
 from switchboard.deliveries.sender import TIMEOUT, Attempt, Sender
 from switchboard.deliveries.signing import headers
+from switchboard.sealing import SealBroken, SecretMissing
 from switchboard.settings import Settings
 from switchboard.tables import DeliveryStatus, deliveries, delivery_attempts
 
@@ -102,13 +103,14 @@ class Deliverer:
     async def _send(self, delivery_id: UUID, lane: Lane) -> float | None:
         async with self._db.begin() as conn:
             delivery = await _claim(conn, delivery_id)
-            endpoint = None if delivery is None else await endpoint_of(conn, self._settings, delivery.key_id)
+            endpoint = None if delivery is None else await self._endpoint(conn, delivery.key_id)
         if delivery is None:
             return _CLAIM  # somebody else is sending it, or has just tried
         began = time.monotonic()
         attempt = await self._attempt(delivery, endpoint)
         lane.note(time.monotonic() - began)
-        pause = None if attempt.delivered or endpoint is None else pause_after(delivery.failures + 1)
+        final = attempt.delivered or isinstance(endpoint, str)
+        pause = None if final else pause_after(delivery.failures + 1)
         async with self._db.begin() as conn:
             await _write_down(conn, delivery, attempt, pause)
         if not attempt.delivered:
@@ -122,9 +124,18 @@ class Deliverer:
             )
         return pause
 
-    async def _attempt(self, delivery: Row[Any], endpoint: Endpoint | None) -> Attempt:
-        if endpoint is None:
-            return Attempt(datetime.now(UTC), 0, error="the API key was revoked, or is reported to nobody any more")
+    async def _endpoint(self, conn: AsyncConnection, key_id: UUID) -> Endpoint | str:
+        """Where it goes, or why it cannot go anywhere."""
+        try:
+            found = await endpoint_of(conn, self._settings, key_id)
+        except (SealBroken, SecretMissing) as error:
+            log.error("webhook cannot be signed", error=error)  # noqa: TRY400  # in its own words
+            return "its secret cannot be read"
+        return found or "the API key was revoked, or is reported to nobody any more"
+
+    async def _attempt(self, delivery: Row[Any], endpoint: Endpoint | str | None) -> Attempt:
+        if not isinstance(endpoint, Endpoint):
+            return Attempt(datetime.now(UTC), 0, error=endpoint)
         signed = headers(
             [secret.get_secret_value() for secret in endpoint.secrets],
             event=delivery.event,

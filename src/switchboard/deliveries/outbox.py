@@ -2,18 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
 from pydantic_core import to_json
-from sqlalchemy import Row, insert
+from sqlalchemy import ARRAY, Interval, Row, Uuid, any_, bindparam, func, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.access import webhooks
 from switchboard.events import iso
-from switchboard.executions import RunEnd, Told, approval_data, ends_of
-from switchboard.jobs import DELIVER, Job
-from switchboard.tables import WebhookEvent, deliveries
+from switchboard.executions import RunEnd, Told, approval_data, ends_of, lacks_something
+from switchboard.jobs import DELIVER, Job, hasten
+from switchboard.tables import DeliveryStatus, WebhookEvent, deliveries
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +31,61 @@ class Report:
 async def post(conn: AsyncConnection, reports: Sequence[Report]) -> list[Job]:
     """Writes down what the owners of these executions want to know of them; returns the jobs that send it."""
     owned = [report for report in reports if report.execution.key_id is not None]
-    wanted = await webhooks.wanted(conn, {report.execution.key_id for report in owned})
-    rows = [
-        {
+    events = await webhooks.wanted(conn, {report.execution.key_id for report in owned})
+    wanted = [report for report in owned if report.event in events.get(report.execution.key_id, ())]
+    ends = await ends_of(conn, {report.execution.id for report in wanted if report.event in _ENDS})
+    rows, jobs = [], []
+    for report in wanted:
+        runs = ends.get(report.execution.id, [])
+        wait = _FOR_A_RESULT if report.event in _ENDS and lacks_something(runs) else 0.0
+        row = {
             "id": uuid4(),
             "key_id": report.execution.key_id,
             "execution_id": report.execution.id,
             "event": report.event,
-            "body": _body(report, await ends_of(conn, report.execution.id)),
+            "body": _body(report, runs),
+            "wait": timedelta(seconds=wait),
         }
-        for report in owned
-        if report.event in wanted.get(report.execution.key_id, ())
-    ]
+        rows.append(row)
+        jobs.append(Job(DELIVER, str(row["id"]), wait))
     if rows:
-        await conn.execute(insert(deliveries), rows)
-    return [Job(DELIVER, str(row["id"])) for row in rows]
+        due_at = func.now() + bindparam("wait", type_=Interval)
+        await conn.execute(insert(deliveries).values(due_at=due_at), rows)
+    return jobs
+
+
+async def complete(conn: AsyncConnection, ended: Sequence[Row[Any]]) -> None:
+    """Puts what is known by now into what waits for it; the executions, as they are, were over before."""
+    owned = {execution.id: execution for execution in ended if execution.key_id is not None}
+    if not owned:
+        return
+    waiting = await conn.execute(
+        select(deliveries.c.id, deliveries.c.execution_id, deliveries.c.event)
+        .where(
+            deliveries.c.execution_id == any_(literal(list(owned), ARRAY(Uuid))),
+            deliveries.c.event.in_(list(_ENDS)),
+            deliveries.c.status == DeliveryStatus.PENDING,
+            deliveries.c.failures == 0,
+            deliveries.c.due_at > func.clock_timestamp(),
+        )
+        .with_for_update()
+    )
+    rows = waiting.all()
+    ends = await ends_of(conn, {row.execution_id for row in rows})
+    for row in rows:
+        runs = ends.get(row.execution_id, [])
+        if not lacks_something(runs):
+            body = _body(Report(owned[row.execution_id], WebhookEvent(row.event)), runs)
+            mine = update(deliveries).where(deliveries.c.id == row.id)
+            await conn.execute(mine.values(body=body, due_at=func.now()))
+            await hasten(conn, DELIVER, [str(row.id)], 0)
+
+
+_ENDS = frozenset({WebhookEvent.COMPLETED, WebhookEvent.FAILED, WebhookEvent.CANCELLED})
+
+_FOR_A_RESULT = 5.0
+"""Seconds for which the end of an execution is not told when its result is missing: HappyRobot was asked, and its
+callback may be on its way."""
 
 
 def _body(report: Report, runs: Sequence[RunEnd]) -> bytes:
@@ -56,7 +97,7 @@ def _body(report: Report, runs: Sequence[RunEnd]) -> bytes:
         "completedAt": None,
     }
     match report.event:
-        case WebhookEvent.COMPLETED | WebhookEvent.FAILED | WebhookEvent.CANCELLED:
+        case event if event in _ENDS:
             data["completedAt"] = None if told.completed_at is None else iso(told.completed_at)
             data["output"] = told.output
             if report.event is WebhookEvent.FAILED:

@@ -171,7 +171,7 @@ _SESSION_ENDS = frozenset({"completed", "busy", "missed", "voicemail", "canceled
 def _read_cloud_event(event: _CloudEvent, data: Any) -> NewEvent:
     run_id = event.data.run_id
     word = event.data.session_status if event.type == _SESSION_CHANGED else None
-    return NewEvent(
+    found = NewEvent(
         run_id,
         event.type,
         data,
@@ -181,6 +181,7 @@ def _read_cloud_event(event: _CloudEvent, data: Any) -> NewEvent:
         occurred_at=moment(event.time),
         dedupe_key=_key(run_id, "cloudevent", event.source, event.id),
     )
+    return _without_resume_url(found)
 
 
 def _read_guide_callback(callback: CallbackIn, raw: bytes) -> NewEvent:
@@ -194,11 +195,13 @@ def _read_guide_callback(callback: CallbackIn, raw: bytes) -> NewEvent:
         execution_id=callback.execution_id,
         dedupe_key=_key(callback.run_id, "body", raw) if _tells_copies_apart(callback.timestamp) else None,
     )
-    return _without_resume_url(event, callback.resume_url) if event.event_type == APPROVAL_REQUESTED else event
+    return _without_resume_url(event, callback.resume_url)
 
 
-def _without_resume_url(event: NewEvent, beside: Any) -> NewEvent:
+def _without_resume_url(event: NewEvent, beside: Any = None) -> NewEvent:
     """A request for approval whose data may be shown: whoever knows where the decision goes can decide."""
+    if event.event_type != APPROVAL_REQUESTED:
+        return event
     data, inside = event.data, None
     if isinstance(data, dict):
         inside = data.get(_RESUME_URL)

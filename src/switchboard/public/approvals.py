@@ -15,7 +15,7 @@ from switchboard.events import Timestamp
 from switchboard.executions import approval_data
 from switchboard.public.executions import ExecutionId, find
 from switchboard.public.shapes import Camel, body_of, refusals
-from switchboard.runs.approvals import pending_of
+from switchboard.runs.approvals import show
 from switchboard.runs.intake import CurrentIntake, Intake
 from switchboard.runs.sorting import Decided, Decision, Undecided
 from switchboard.tables import ApprovalStatus
@@ -67,9 +67,9 @@ _DecisionBody = Annotated[Any, Depends(_decision_body)]
 @router.get("/executions/{id}/pending-approval", summary="Get what is to be approved", responses=refusals(404, 409))
 async def pending_approval(db: Db, caller: Customer, execution_id: ExecutionId) -> PendingOut:
     """What an execution waits for. 409 if there is nothing to decide."""
-    async with db.connect() as conn:
+    async with db.begin() as conn:
         execution = await find(conn, caller, execution_id)
-        approval = await pending_of(conn, execution.id)
+        approval = await show(conn, execution.id)
     if approval is None:
         raise Conflict(_NOTHING_PENDING)
     return PendingOut(

@@ -139,7 +139,8 @@ async def results(db: Db, caller: Customer, execution_id: ExecutionId) -> Result
 async def _told(db: Db, caller: Caller, execution_id: str) -> Told:
     async with db.connect() as conn:
         execution = await find(conn, caller, execution_id)
-        return Told.of(execution, await ends_of(conn, execution.id))
+        ends = await ends_of(conn, [execution.id])
+        return Told.of(execution, ends.get(execution.id, []))
 
 
 async def find(conn: AsyncConnection, caller: Caller, execution_id: str) -> Row[Any]:

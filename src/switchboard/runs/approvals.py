@@ -3,19 +3,21 @@
 All of it happens in the turns of the one writer, so that nobody decides at the same time as somebody else.
 """
 
+import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ARRAY, Row, String, Uuid, any_, cast, func, insert, literal, select, update
-from sqlalchemy.dialects.postgresql import JSONB, distinct_on
+from pydantic_core import to_json
+from sqlalchemy import ARRAY, Row, String, Uuid, any_, func, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.events import NewEvent
-from switchboard.jobs import CANCEL, DECIDE, Job
+from switchboard.executions import requires_comment
+from switchboard.jobs import DECIDE, Job
 from switchboard.runs.sorting import Decided, Decision, Request, Undecided
-from switchboard.tables import FINAL, ApprovalStatus, agent_runs, approvals, executions
+from switchboard.tables import FINAL, ApprovalStatus, agent_runs, approvals
 
 _is_pending = approvals.c.status == ApprovalStatus.PENDING
 
@@ -46,12 +48,21 @@ async def _decide(conn: AsyncConnection, decision: Decision, verdicts: Verdicts)
         return Undecided.NOTHING_PENDING
     if approval.status != ApprovalStatus.PENDING:
         return Decided(approval.id) if approval.status == decision.verdict else Undecided.OTHERWISE
+    if await _is_over(conn, approval.run_id):
+        await withdraw_for(conn, [approval.run_id])
+        verdicts.execution_ids.add(decision.execution_id)
+        return Undecided.NOTHING_PENDING
     if approval.require_comment and not (decision.comment or "").strip():
         return Undecided.NEEDS_COMMENT
     await conn.execute(
         update(approvals)
         .where(approvals.c.id == approval.id, _is_pending)
-        .values(status=decision.verdict, comment=decision.comment, decided_by=decision.key_id, decided_at=func.now())
+        .values(
+            status=decision.verdict,
+            comment=decision.comment,
+            decided_by=decision.key_id,
+            decided_at=func.clock_timestamp(),
+        )
     )
     data = {"approval_id": str(approval.id), "comment": decision.comment}
     verdicts.events.append(NewEvent(approval.run_id, decision.verdict, data))
@@ -59,32 +70,43 @@ async def _decide(conn: AsyncConnection, decision: Decision, verdicts: Verdicts)
     verdicts.execution_ids.add(decision.execution_id)
     if decision.verdict is ApprovalStatus.REJECTED:
         await _withdraw(conn, approvals.c.execution_id == decision.execution_id)
-        # The run that has asked is stopped once it was told: it may have something to put in order.
-        others = (
-            select(agent_runs.c.run_id)
-            .where(agent_runs.c.execution_id == decision.execution_id, agent_runs.c.status.not_in(FINAL))
-            .where(agent_runs.c.run_id != approval.run_id)
-        )
-        verdicts.jobs += [Job(CANCEL, run_id) for run_id in await conn.scalars(others)]
     return Decided(approval.id)
 
 
 async def _meant(conn: AsyncConnection, decision: Decision) -> Row[Any] | None:
-    """The request that a decision is about: the one that it names, the oldest that is pending, or the last decided."""
-    query = select(approvals).where(approvals.c.execution_id == decision.execution_id)
+    """The request that a decision is about."""
+    found = await conn.execute(
+        select(approvals).where(approvals.c.execution_id == decision.execution_id).order_by(approvals.c.number)
+    )
+    requests = found.all()
     if decision.approval_id is not None:
-        return (await conn.execute(query.where(approvals.c.id == decision.approval_id))).one_or_none()
-    pending = await conn.execute(query.where(_is_pending).order_by(approvals.c.number).limit(1))
-    if (oldest := pending.one_or_none()) is not None:
-        return oldest
-    decided = query.where(approvals.c.status != ApprovalStatus.WITHDRAWN).order_by(approvals.c.decided_at.desc())
-    return (await conn.execute(decided.limit(1))).one_or_none()
+        return next((each for each in requests if each.id == decision.approval_id), None)
+    decided = [each for each in requests if each.status in _DECIDED]
+    # What was rejected is over, whatever else it had asked for.
+    rejected = next((each for each in decided if each.status == ApprovalStatus.REJECTED), None)
+    pending = next((each for each in requests if each.status == ApprovalStatus.PENDING), None)
+    last = max(decided, key=lambda each: (each.decided_at, each.number), default=None)
+    if rejected is not None or pending is None:
+        return rejected or last
+    # Who repeats a decision, because its answer was lost, must not decide the next question, which they have not seen.
+    return pending if last is None or pending.shown_at is not None else last
 
 
-async def pending_of(conn: AsyncConnection, execution_id: UUID) -> Row[Any] | None:
-    """What an execution waits for: the request that a decision without a name is about."""
+_DECIDED = frozenset({ApprovalStatus.APPROVED, ApprovalStatus.REJECTED})
+
+
+async def _is_over(conn: AsyncConnection, run_id: str) -> bool:
+    """Whether nobody waits for a decision any more; a run that only we hold for dead may."""
+    over = select(agent_runs.c.status.in_(FINAL) & ~agent_runs.c.timed_out).where(agent_runs.c.run_id == run_id)
+    return bool(await conn.scalar(over))
+
+
+async def show(conn: AsyncConnection, execution_id: UUID) -> Row[Any] | None:
+    """What an execution waits for, the oldest first: from now on a decision without a name is about that."""
     query = select(approvals).where(approvals.c.execution_id == execution_id, _is_pending)
     found: Row[Any] | None = (await conn.execute(query.order_by(approvals.c.number).limit(1))).one_or_none()
+    if found is not None and found.shown_at is None:
+        await conn.execute(update(approvals).where(approvals.c.id == found.id).values(shown_at=func.now()))
     return found
 
 
@@ -100,7 +122,8 @@ async def record(conn: AsyncConnection, requests: Sequence[Request]) -> list[Row
                 execution_id=request.execution_id,
                 run_id=request.run_id,
                 data=request.data,
-                require_comment=_requires_comment(request.data),
+                require_comment=requires_comment(request.data),
+                fingerprint=_fingerprint(request),
                 resume_url=request.resume_url,
             )
             .returning(approvals)
@@ -109,25 +132,29 @@ async def record(conn: AsyncConnection, requests: Sequence[Request]) -> list[Row
     return new
 
 
+def _fingerprint(request: Request) -> UUID:
+    digest = hashlib.blake2b(to_json([request.resume_url, request.data]), digest_size=16)
+    return UUID(bytes=digest.digest())
+
+
 async def _is_known(conn: AsyncConnection, request: Request) -> bool:
-    """Whether this very request is pending already: a copy without a timestamp cannot be told from another event."""
+    """Whether this is a copy: one without a timestamp cannot be told from another event.
+
+    Who says where the decision goes asks once at that address; others may ask the same again once it was decided.
+    """
     query = select(approvals.c.id).where(
-        approvals.c.run_id == request.run_id,
-        _is_pending,
-        approvals.c.resume_url.is_not_distinct_from(request.resume_url),
-        cast(approvals.c.data, JSONB).is_not_distinct_from(literal(request.data, JSONB(none_as_null=True))),
+        approvals.c.run_id == request.run_id, approvals.c.fingerprint == _fingerprint(request)
     )
+    if request.resume_url is None:
+        query = query.where(_is_pending)
     return (await conn.execute(query.limit(1))).first() is not None
 
 
 async def _is_rejected(conn: AsyncConnection, execution_id: UUID) -> bool:
-    query = select(executions.c.approval_status).where(executions.c.id == execution_id)
-    return await conn.scalar(query) == ApprovalStatus.REJECTED
-
-
-def _requires_comment(data: Any) -> bool:
-    metadata = data.get("metadata") if isinstance(data, dict) else None
-    return isinstance(metadata, dict) and metadata.get("requireComment") is True
+    query = select(approvals.c.id).where(
+        approvals.c.execution_id == execution_id, approvals.c.status == ApprovalStatus.REJECTED
+    )
+    return (await conn.execute(query.limit(1))).first() is not None
 
 
 async def withdraw_for(conn: AsyncConnection, run_ids: Collection[str]) -> None:
@@ -140,17 +167,29 @@ async def _withdraw(conn: AsyncConnection, condition: Any) -> None:
     await conn.execute(
         update(approvals)
         .where(condition, _is_pending)
-        .values(status=ApprovalStatus.WITHDRAWN, decided_at=func.now(), resume_url=None)
+        .values(status=ApprovalStatus.WITHDRAWN, decided_at=func.clock_timestamp(), resume_url=None)
     )
 
 
 async def statuses_of(conn: AsyncConnection, execution_ids: Collection[UUID]) -> dict[UUID, ApprovalStatus]:
-    """Where executions stand with what they have asked for: pending while anything is, else as decided last."""
+    """Where executions stand with what they have asked for: rejected for good, else pending while anything is."""
     query = (
-        select(approvals.c.execution_id, approvals.c.status)
-        .ext(distinct_on(approvals.c.execution_id))
+        select(approvals.c.execution_id, func.array_agg(approvals.c.status.distinct()).label("statuses"))
         .where(approvals.c.execution_id == any_(literal(list(execution_ids), ARRAY(Uuid))))
-        .where(approvals.c.status != ApprovalStatus.WITHDRAWN)
-        .order_by(approvals.c.execution_id, _is_pending.desc(), approvals.c.decided_at.desc())
+        .group_by(approvals.c.execution_id)
     )
-    return {row.execution_id: ApprovalStatus(row.status) for row in await conn.execute(query)}
+    order = (ApprovalStatus.REJECTED, ApprovalStatus.PENDING, ApprovalStatus.APPROVED)
+    found = {
+        row.execution_id: next((each for each in order if each in row.statuses), None)
+        for row in await conn.execute(query)
+    }
+    return {execution_id: status for execution_id, status in found.items() if status is not None}
+
+
+async def rejected_runs(conn: AsyncConnection, execution_ids: Collection[UUID]) -> set[str]:
+    """The runs whose own requests were rejected."""
+    query = select(approvals.c.run_id).where(
+        approvals.c.execution_id == any_(literal(list(execution_ids), ARRAY(Uuid))),
+        approvals.c.status == ApprovalStatus.REJECTED,
+    )
+    return set(await conn.scalars(query))

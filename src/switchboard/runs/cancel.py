@@ -70,9 +70,10 @@ class Canceler:
         """Asks once more; seconds until the next attempt, None when there is no use in one."""
         async with self._db.connect() as conn:
             run = await find_run(conn, run_id, EVERYTHING)
-        if run is None or attempt >= _ATTEMPTS:
+        if run is None or (RunStatus(run.status) in FINAL and not run.timed_out):
             return None
-        if RunStatus(run.status) in FINAL and not run.timed_out:
+        if attempt >= _ATTEMPTS:
+            log.error("run is not canceled; HappyRobot does not answer", run_id=run_id)
             return None
         try:
             await self._ask(run_id, BACKGROUND, BACKGROUND)

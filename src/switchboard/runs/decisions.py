@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from switchboard.events import iso
 from switchboard.happyrobot.addresses import may_decide_at, takes_hook_key
 from switchboard.happyrobot.client import HappyRobot, Hook, NoAnswer, Refused
-from switchboard.jobs import CANCEL, Job, enqueue
+from switchboard.sealing import SealBroken, SecretMissing
 from switchboard.settings import Settings
 from switchboard.tables import FINAL, ApprovalStatus, RunStatus, agent_runs, approvals
 from switchboard.workflows import Workflow, find
@@ -23,7 +23,10 @@ _ATTEMPTS = 300
 """Seconds between attempts, and how many there are: about a day."""
 
 _NOBODY_THERE = frozenset({404, 409, 410})
-"""Answers that say that nobody waits there any more."""
+"""Answers that say that nobody waits there any more, at an address that came with the request."""
+
+_SURE = 3
+"""Attempts after which that is believed: whoever answers there may just be starting."""
 
 
 class Decider:
@@ -38,17 +41,17 @@ class Decider:
         """Tells HappyRobot of a decision; seconds until the next attempt, None when there is no use in one."""
         async with self._db.connect() as conn:
             approval = await _decided(conn, UUID(subject))
-            if approval is None:
+            if approval is None or _is_over(approval):
                 return None
-            workflow = await find(conn, self._settings, approval.workflow_id)
-        pause = None
-        if approval.told_at is None and not _is_over(approval):
-            pause = await self._tell(approval, workflow, attempt)
-        if approval.status == ApprovalStatus.REJECTED:
-            # It was told, or could not be: either way it is not to go on.
-            async with self._db.begin() as conn:
-                await enqueue(conn, [Job(CANCEL, approval.run_id)])
-        return pause
+            workflow = await self._workflow(conn, approval)
+        return await self._tell(approval, workflow, attempt)
+
+    async def _workflow(self, conn: AsyncConnection, approval: Row[Any]) -> Workflow | None:
+        try:
+            return await find(conn, self._settings, approval.workflow_id)
+        except (SealBroken, SecretMissing) as error:
+            log.error("workflow cannot be told", workflow_id=approval.workflow_id, error=error)  # noqa: TRY400
+            return None
 
     async def _tell(self, approval: Row[Any], workflow: Workflow | None, attempt: int) -> float | None:
         told = {"approval_id": str(approval.id), "run_id": approval.run_id, "attempt": attempt + 1}
@@ -65,7 +68,8 @@ class Decider:
             await self._happyrobot.decide(hook, _body(approval))
         except Refused as error:
             log.warning("decision is refused", error=error, **told)
-            return None if error.status in _NOBODY_THERE else _pause(attempt)
+            gone = hook.url == approval.resume_url and error.status in _NOBODY_THERE and attempt >= _SURE
+            return None if gone else _pause(attempt)
         except NoAnswer as error:
             log.warning("decision is sent again", error=error, **told)
             return _pause(attempt)
@@ -94,11 +98,11 @@ def _pause(attempt: int) -> float | None:
 
 
 async def _decided(conn: AsyncConnection, approval_id: UUID) -> Row[Any] | None:
-    """A decision, and where its run stands."""
+    """A decision that HappyRobot has not taken, and where its run stands."""
     query = (
         select(approvals, agent_runs.c.workflow_id, agent_runs.c.status.label("run_status"), agent_runs.c.timed_out)
         .join(agent_runs, agent_runs.c.run_id == approvals.c.run_id)
-        .where(approvals.c.id == approval_id)
+        .where(approvals.c.id == approval_id, approvals.c.told_at.is_(None))
         .where(approvals.c.status.in_([ApprovalStatus.APPROVED, ApprovalStatus.REJECTED]))
     )
     found: Row[Any] | None = (await conn.execute(query)).one_or_none()

@@ -112,7 +112,8 @@ async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after:
     moved = [run for run in runs.values() if run.changed]
     await _move_runs(conn, moved)
     asked = await approvals.record(conn, sorting.requests)
-    await approvals.withdraw_for(conn, [run.run_id for run in moved if run.now.over])
+    # Not for one that only we hold for dead: somebody may be taking their time.
+    await approvals.withdraw_for(conn, [run.run_id for run in moved if run.now.over and not run.now.timed_out])
     touched = {
         *(run.execution_id for run in moved if run.execution_id is not None),
         *(start.execution_id for start in starts),

@@ -1,12 +1,14 @@
 """Executions that are accepted first and started by a worker: the Public API's."""
 
+import contextlib
 from typing import Any
 from uuid import UUID, uuid4
 
 import structlog
-from sqlalchemy import Row, Select, select, update
+from sqlalchemy import Float, Row, Select, cast, extract, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from switchboard.access import keys
 from switchboard.access.callers import Caller
 from switchboard.errors import TriggerFailed
 from switchboard.executions import COLUMNS
@@ -25,6 +27,9 @@ log = structlog.stdlib.get_logger(__name__)
 
 MOST_ROWS = 100
 """Rows of `csvData` that a workflow is sent: the first ones."""
+
+_PATIENCE = 900.0
+"""Seconds for which PostgreSQL may be away while runs are recorded: nobody waits for an answer here."""
 
 
 def rows_cut(body: dict[str, Any]) -> int:
@@ -81,37 +86,44 @@ class Launcher:
     async def start(self, subject: str) -> None:
         """Starts an execution, unless somebody has begun to: then its call may be placed."""
         async with self._db.begin() as conn:
-            execution = await self._claim(conn, UUID(subject))
+            execution = await _waiting(conn, UUID(subject))
             if execution is None:
                 return
-            try:
-                workflow = await find(conn, self._settings, execution.workflow_id)
-            except (SealBroken, SecretMissing) as error:
-                workflow = None
-                log.error("workflow cannot be started", workflow_id=execution.workflow_id, error=error)  # noqa: TRY400
-        if workflow is None or not workflow.active:
-            failed = Unconfirmed(execution.id, ExecutionStatus.FAILED, "The workflow cannot be started any more")
-            await self._intake.take(failed)
+            workflow = await self._workflow(conn, execution)
+            if isinstance(workflow, Workflow):
+                claim = update(executions).where(executions.c.id == execution.id)
+                await conn.execute(claim.values(answer_by=answer_by(self._settings)))
+        if not isinstance(workflow, Workflow):
+            await self._intake.take(Unconfirmed(execution.id, ExecutionStatus.FAILED, workflow))
             return
-        runs = NewRuns(
-            execution.id, workflow.id, execution.context_id, workflow.name or DEFAULT_NAME, execution.description, ()
-        )
+        name = workflow.name or DEFAULT_NAME
+        runs = NewRuns(execution.id, workflow.id, execution.context_id, name, execution.description, ())
         body = payload(execution.input, execution.context_id)
-        try:
-            await place(self._happyrobot, self._intake, self._settings, workflow, runs, body)
-        except TriggerFailed:
-            return  # it is written down, and whoever asks is told
+        with contextlib.suppress(TriggerFailed):  # it is written down, or is found by the sweep; whoever asks is told
+            await place(self._happyrobot, self._intake, self._settings, workflow, runs, body, patience=_PATIENCE)
 
-    async def _claim(self, conn: AsyncConnection, execution_id: UUID) -> Row[Any] | None:
-        claimed = await conn.execute(
-            update(executions)
-            .where(
-                executions.c.id == execution_id,
-                executions.c.status == ExecutionStatus.PENDING,
-                executions.c.answer_by.is_(None),
-            )
-            .values(answer_by=answer_by(self._settings))
-            .returning(executions)
-        )
-        found: Row[Any] | None = claimed.one_or_none()
-        return found
+    async def _workflow(self, conn: AsyncConnection, execution: Row[Any]) -> Workflow | str:
+        """What is to be started, or why it cannot be."""
+        if execution.waited > self._settings.stale_after:
+            return "It could not be started in time"  # nobody wants to be called in the middle of the night
+        key = None if execution.key_id is None else await keys.get(conn, execution.key_id)
+        if key is not None and not key.active:
+            return "The API key was revoked before it was started"
+        try:
+            workflow = await find(conn, self._settings, execution.workflow_id)
+        except (SealBroken, SecretMissing) as error:
+            log.error("workflow cannot be started", workflow_id=execution.workflow_id, error=error)  # noqa: TRY400
+            workflow = None
+        return workflow if workflow is not None and workflow.active else "The workflow cannot be started any more"
+
+
+async def _waiting(conn: AsyncConnection, execution_id: UUID) -> Row[Any] | None:
+    """An execution whose call nobody has begun to place; nobody else begins to until the transaction ends."""
+    waited = cast(extract("epoch", func.now() - executions.c.created_at), Float).label("waited")
+    query: Select[Any] = select(executions, waited).where(
+        executions.c.id == execution_id,
+        executions.c.status == ExecutionStatus.PENDING,
+        executions.c.answer_by.is_(None),
+    )
+    found: Row[Any] | None = (await conn.execute(query.with_for_update())).one_or_none()
+    return found

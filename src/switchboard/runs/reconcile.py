@@ -14,7 +14,7 @@ from switchboard.runs import archive
 from switchboard.runs.intake import Intake
 from switchboard.runs.status import Standing
 from switchboard.settings import Settings
-from switchboard.tables import FINAL, RunStatus, agent_runs, run_events, run_records
+from switchboard.tables import FINAL, ApprovalStatus, RunStatus, agent_runs, approvals, run_events, run_records
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -41,6 +41,8 @@ class Watch:
     newest_event: int
     kept: bool
     """Whether HappyRobot's record of its end is kept."""
+    waits: bool = False
+    """Whether it is silent because somebody has to decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +64,15 @@ class Patience:
         if watch.silent < self.reconcile_after:
             return self.reconcile_after - watch.silent
         pause = max(min(watch.silent, LONGEST_PAUSE), self.reconcile_after)
-        left = self.stale_after - watch.unheard
+        left = self._bearable(watch) - watch.unheard
         return min(pause, left) if left > 0 else pause
 
     def is_stale(self, watch: Watch) -> bool:
-        return watch.unheard >= self.stale_after
+        return watch.unheard >= self._bearable(watch)
+
+    def _bearable(self, watch: Watch) -> float:
+        """How long silence is borne; people who decide may sleep over it."""
+        return max(self.stale_after, GIVE_UP_AFTER) if watch.waits else self.stale_after
 
 
 def jittered(pause: float) -> float:
@@ -86,13 +92,16 @@ _NEWEST = (
     .limit(1)
     .lateral("newest")
 )
-_WATCH: Select[tuple[str, bool, float, float, int, bool]] = select(
+_WATCH: Select[tuple[str, bool, float, float, int, bool, bool]] = select(
     agent_runs.c.status,
     agent_runs.c.timed_out,
     _age(agent_runs.c.updated_at, _NEWEST.c.created_at).label("silent"),
     _age(agent_runs.c.updated_at, _NEWEST.c.created_at, agent_runs.c.heard_at).label("unheard"),
     func.coalesce(_NEWEST.c.id, 0).label("newest_event"),
     exists().where(run_records.c.run_id == agent_runs.c.run_id).label("kept"),
+    exists()
+    .where(approvals.c.run_id == agent_runs.c.run_id, approvals.c.status == ApprovalStatus.PENDING)
+    .label("waits"),
 ).select_from(agent_runs.outerjoin(_NEWEST, literal_column("true")))
 
 
@@ -102,7 +111,7 @@ async def _watch(db: AsyncEngine, run_id: str) -> Watch | None:
     if row is None:
         return None
     standing = Standing(RunStatus(row.status), row.timed_out)
-    return Watch(standing, max(row.silent, 0), max(row.unheard, 0), row.newest_event, row.kept)
+    return Watch(standing, max(row.silent, 0), max(row.unheard, 0), row.newest_event, row.kept, row.waits)
 
 
 class Reconciler:

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import chain, repeat
 from typing import Annotated, Any, Literal
 from uuid import UUID, uuid4
 
@@ -33,7 +35,10 @@ from switchboard.workflows import DEFAULT_WORKFLOW, Workflow, find
 log = structlog.stdlib.get_logger(__name__)
 
 _PAUSES = (0.2, 1.0, 3.0)
-"""Seconds between attempts to record runs that HappyRobot has started."""
+"""Seconds between attempts to record runs that HappyRobot has started; the last ones as long as it takes."""
+
+_PATIENCE = 5.0
+"""Seconds for which somebody who waits for an answer can wait for that."""
 
 STOPPED = "The service stopped before HappyRobot's answer was known"
 
@@ -163,10 +168,13 @@ async def place(
     workflow: Workflow,
     runs: NewRuns,
     body: dict[str, Any],
+    *,
+    patience: float = _PATIENCE,
 ) -> list[str]:
     """Calls HappyRobot for an execution that is stored, and records the runs that it names; `runs` says whose.
 
-    Raises TriggerFailed when HappyRobot did not confirm; what is known then is written down.
+    `patience` is in seconds: how long PostgreSQL may be away while they are recorded. Raises TriggerFailed when
+    HappyRobot did not confirm; what is known then is written down.
     """
     # Ours come last, so that nobody can send the callbacks elsewhere.
     payload = {**body, "callback_url": settings.callback_url, "execution_id": str(runs.execution_id)}
@@ -178,7 +186,7 @@ async def place(
         except asyncio.CancelledError as error:
             # The service stops, and has waited for as long as it could. The caller is still there to be told.
             raise await _unconfirmed(intake, runs.execution_id, Unknown(STOPPED)) from error
-        await _record(intake, replace(runs, run_ids=run_ids))
+        await _record(intake, replace(runs, run_ids=run_ids), patience)
     return run_ids
 
 
@@ -248,23 +256,27 @@ async def _told_again(conn: AsyncConnection, execution: Row[Any]) -> TriggerOut:
     raise _failed(execution.id, ExecutionStatus(execution.status), execution.error or "")
 
 
-async def _record(intake: Intake, runs: NewRuns) -> None:
+async def _record(intake: Intake, runs: NewRuns, patience: float) -> None:
     # The call is placed. Whatever happens now, nobody may be told to try again.
-    for pause in (*_PAUSES, None):
+    deadline = time.monotonic() + patience
+    for pause in chain(_PAUSES, repeat(_PAUSES[-1])):
         try:
             await intake.take(runs)
         except (SQLAlchemyError, OSError) as error:
-            if pause is None:
-                log.exception("runs are not recorded", execution_id=runs.execution_id, run_ids=runs.run_ids)
-                raise _failed(
-                    runs.execution_id,
-                    ExecutionStatus.SUBMISSION_UNKNOWN,
-                    "HappyRobot started it, but its runs could not be recorded",
-                    run_ids=list(runs.run_ids),
-                ) from error
-            await asyncio.sleep(pause)
+            if time.monotonic() + pause > deadline:
+                raise _not_recorded(runs, error) from error
+            try:
+                await asyncio.sleep(pause)
+            except asyncio.CancelledError as stopped:
+                raise _not_recorded(runs, error) from stopped
         else:
             return
+
+
+def _not_recorded(runs: NewRuns, error: Exception) -> TriggerFailed:
+    log.error("runs are not recorded", execution_id=runs.execution_id, run_ids=runs.run_ids, error=error)
+    detail = "HappyRobot started it, but its runs could not be recorded"
+    return _failed(runs.execution_id, ExecutionStatus.SUBMISSION_UNKNOWN, detail, run_ids=list(runs.run_ids))
 
 
 async def _unconfirmed(intake: Intake, execution_id: UUID, error: HappyRobotError) -> TriggerFailed:
