@@ -57,7 +57,11 @@ APPROVE = ("POST", f"{PUBLIC}/executions/{{id}}/approve")
 REJECT = ("POST", f"{PUBLIC}/executions/{{id}}/reject")
 DELIVERIES = ("GET", f"{PUBLIC}/deliveries")
 REDELIVER = ("POST", f"{PUBLIC}/deliveries/{{id}}/redeliver")
-NOTHING = [(method, f"{PUBLIC}/{{rest}}") for method in ("GET", "POST", "PUT", "PATCH", "DELETE")]
+NOTHING = [
+    (method, path)
+    for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+    for path in (PUBLIC, f"{PUBLIC}/{{rest}}")
+]
 HEALTH = ("GET", "/healthz")
 DOCUMENT = ("GET", "/openapi.json")
 DOCS = ("GET", "/docs")

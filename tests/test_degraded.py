@@ -7,12 +7,14 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database
-from switchboard.errors import PostgresAway, Unavailable
+from switchboard.breaker import Breaker
+from switchboard.errors import PUBLIC, PostgresAway, Unavailable
 from switchboard.events import Event, NewEvent
 from switchboard.live.announcer import Announcer
 from switchboard.live.channel import Channel
@@ -60,6 +62,43 @@ async def test_without_postgresql_everything_says_to_come_back(without_postgres:
         assert (answer.status_code, answer.json()) == (503, {"error": "Database unavailable"})
         assert answer.headers["retry-after"] == "1"
     assert (await service.http.get("/healthz")).status_code == 200
+
+
+async def test_without_postgresql_the_public_api_says_so_in_its_own_shape(without_postgres: Service):
+    url, headers = f"{PUBLIC}/executions/x/status", {"Authorization": f"Bearer {'0' * 64}"}
+    answer = await without_postgres.http.get(url, headers=headers)
+    assert (answer.status_code, answer.json()) == (
+        503,
+        {"message": "Database unavailable", "error": "Service Unavailable", "statusCode": 503, "retryAfter": 1},
+    )
+    assert {"x-ratelimit-limit", "x-ratelimit-remaining", "x-ratelimit-reset", "retry-after"} <= set(answer.headers)
+
+
+async def test_while_one_finds_out_whether_redis_is_back_nobody_waits_for_that():
+    breaker, asked, answers = Breaker(), 0, asyncio.Event()
+
+    async def alone() -> str:
+        return "alone"
+
+    async def gone() -> str:
+        raise RedisConnectionError("gone")
+
+    async def slow() -> str:
+        nonlocal asked
+        asked += 1
+        await answers.wait()
+        return "shared"
+
+    assert await breaker.call(gone, alone) == "alone"
+    assert await breaker.call(slow, alone) == "alone"
+    breaker._closed_again_at = 0.0  # its rest is over
+    first = asyncio.create_task(breaker.call(slow, alone))
+    await asyncio.sleep(0)
+    assert {await breaker.call(slow, alone) for _ in range(10)} == {"alone"}
+    answers.set()
+    assert await first == "shared"
+    assert await breaker.call(slow, alone) == "shared"
+    assert asked == 2
 
 
 async def test_connections_that_were_cut_are_replaced(service: Service, db: AsyncEngine, run_id: str):

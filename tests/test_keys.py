@@ -383,6 +383,13 @@ async def test_a_rotated_secret_signs_beside_the_one_before_until_the_grace_is_o
     assert "The one before it signs them, too, until " in done.err
     assert second not in done.err
     assert (await stored(db, name)).signing == (second, first)
+    # What was promised to the first is kept, unless nobody is to be waited for.
+    again = command("keys", "rotate-secret", name)
+    assert again.code == 1
+    assert "--grace 0s replaces both at once" in again.err
+    assert (await stored(db, name)).signing == (second, first)
+    second = command("keys", "rotate-secret", name, "--grace", "0s").out.strip()
+    assert (await stored(db, name)).signing == (second,)
     rotated = said(command("keys", "rotate-secret", name, "--grace", "1h", "--json"))
     until = datetime.fromisoformat(rotated["previous_until"])
     assert abs(until - datetime.now(UTC) - timedelta(hours=1)) < timedelta(minutes=5)

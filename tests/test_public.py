@@ -29,7 +29,7 @@ from switchboard.happyrobot.simulator import Call, Simulator
 from switchboard.runs import trigger
 from switchboard.runs.sorting import NewRuns, News, Outcome
 from switchboard.runs.sweep import sweep
-from switchboard.tables import ExecutionStatus, KeyScope, RunStatus, api_key_usage, executions
+from switchboard.tables import ExecutionStatus, KeyScope, RunStatus, api_key_usage, api_keys, executions
 from tests.conftest import (
     API_KEY,
     HOOK_KEY,
@@ -368,6 +368,12 @@ async def test_what_is_not_there_is_said_in_the_contracts_shape(house: House, we
     ):
         assert refusal(wrong) == (405, "Method Not Allowed")
         assert wrong.headers["allow"] == "GET"
+    for method in ("OPTIONS", "TRACE", "HEAD", "PUT"):
+        for path, status in (("/deliveries", 405), ("/nothing", 404), ("", 404), ("/deliveries/", 404)):
+            answer = await website.http.request(method, PUBLIC + path, headers=website.headers)
+            assert answer.status_code == status
+            assert answer.headers["x-ratelimit-limit"] == "1000000"
+            assert method == "HEAD" or refusal(answer)
 
 
 # Keys
@@ -648,6 +654,16 @@ async def test_a_key_may_have_a_limit_of_its_own(house: House):
     assert 18 <= left <= 20.1
     # Others are not the worse for it.
     assert (await (await house.website(burst=None)).get("/deliveries")).status_code == 200
+
+
+async def test_a_limit_that_was_made_smaller_leaves_nothing_and_no_less(house: House):
+    website = await house.website(burst=50, per_minute=60)
+    for _ in range(30):
+        assert (await website.get("/deliveries")).status_code == 200
+    async with house.db.begin() as conn:
+        await conn.execute(update(api_keys).where(api_keys.c.id == website.key_id).values(burst=5))
+    refused = await website.get("/deliveries")
+    assert (refused.status_code, rate(refused)[1]) == (429, 0)
 
 
 async def test_replicas_share_a_limit(house: House, servers: Servers):

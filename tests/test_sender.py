@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import socket
 import ssl
+import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from switchboard.deliveries import sender
+from switchboard.deliveries import names, sender
 from switchboard.deliveries.sender import Attempt, Sender, is_public
 from tests.conftest import settings_for
 from tests.receiver import Receiver, Request, never, receiving, reply, statuses
@@ -136,7 +137,7 @@ async def test_nothing_is_sent_to_an_address_that_is_not_on_the_internet(address
     assert not is_public(ip_address(address))
     host = f"[{address}]" if ":" in address else address
     attempt = await send(f"http://{host}/latest/meta-data/")
-    assert attempt.error == f"refused: {ip_address(address)} is not an address on the internet"
+    assert attempt.error == f"refused: {address} is not an address on the internet"
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "::ffff:8.8.8.8", "2606:4700::1111", "2a00:1450::1"])
@@ -144,56 +145,131 @@ def test_an_address_on_the_internet_is_one(address: str):
     assert is_public(ip_address(address))
 
 
-Names = dict[str, list[Sequence[str]]]
+Leads = dict[str, list[Sequence[str]]]
 
 
 @pytest.fixture
-async def names(monkeypatch: pytest.MonkeyPatch) -> Names:
+def leads(monkeypatch: pytest.MonkeyPatch) -> Leads:
     """Where names lead: to these addresses at the first look, to those at the next, then always as at the last."""
-    leads: Names = {}
-    loop = asyncio.get_running_loop()
-    genuine = loop.getaddrinfo
+    leads: Leads = {}
+    genuine = names.look_up
 
-    async def look(host: Any, port: Any, **more: Any) -> Any:
-        name = host.decode() if isinstance(host, bytes) else host
-        if name not in leads:
-            return await genuine(host, port, **more)
-        addresses = leads[name].pop(0) if len(leads[name]) > 1 else leads[name][0]
-        found = []
-        for address in addresses:
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            where = (address, port, 0, 0) if ":" in address else (address, port)
-            found.append((family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", where))
-        return found
+    def look(host: str) -> list[names.Address]:
+        if host not in leads:
+            return genuine(host)
+        found = leads[host].pop(0) if len(leads[host]) > 1 else leads[host][0]
+        return [ip_address(address) for address in found]
 
-    monkeypatch.setattr(loop, "getaddrinfo", look)
+    monkeypatch.setattr(names, "look_up", look)
     return leads
 
 
-async def test_nothing_is_sent_to_a_name_that_leads_to_a_private_address(receiver: Receiver, names: Names):
-    names["inside.example"] = [["127.0.0.1"]]
+async def test_nothing_is_sent_to_a_name_that_leads_to_a_private_address(receiver: Receiver, leads: Leads):
+    leads["inside.example"] = [["127.0.0.1"]]
     attempt = await send(f"http://inside.example:{receiver.port}/")
-    assert attempt.error == "refused: 127.0.0.1 is not an address on the internet"
+    # Without the address, which is nobody's business.
+    assert attempt.error == "refused: inside.example is not an address on the internet"
     assert receiver.connections == 0
     # The receiver is one that this name leads to.
     assert (await send(f"http://inside.example:{receiver.port}/", private=True)).delivered
+    assert receiver.requests[0].headers["Host"] == f"inside.example:{receiver.port}"
 
 
-async def test_nothing_is_sent_to_a_name_that_looked_public_and_leads_elsewhere_once_it_is_connected(
-    receiver: Receiver, names: Names
+async def test_a_name_is_looked_up_once_and_what_it_leads_to_afterwards_does_not_matter(
+    receiver: Receiver, leads: Leads
 ):
-    names["rebinding.example"] = [[NOWHERE], ["127.0.0.1"]]
+    leads["rebinding.example"] = [[NOWHERE], ["127.0.0.1"]]
     attempt = await send(f"http://rebinding.example:{receiver.port}/")
+    assert attempt.error is not None
+    assert (receiver.connections, receiver.requests) == (0, [])
+    assert leads["rebinding.example"] == [["127.0.0.1"]], "not looked up again"
+
+
+async def test_the_address_that_is_connected_to_is_looked_at_too(receiver: Receiver, monkeypatch: pytest.MonkeyPatch):
+    """Should anything that is decided beforehand go wrong."""
+
+    async def anything(*_: Any) -> list[names.Address]:
+        return [ip_address("127.0.0.1")]
+
+    monkeypatch.setattr(Sender, "_addresses", anything)
+    attempt = await send(f"http://public.example:{receiver.port}/")
     assert attempt.error == "refused: 127.0.0.1 is not an address on the internet"
     assert (receiver.seen, receiver.requests) == (b"", [])
-    assert len(names["rebinding.example"]) == 1, "it did look public"
 
 
-async def test_nothing_is_sent_to_a_private_address_that_stands_beside_a_public_one(receiver: Receiver, names: Names):
-    names["both.example"] = [[NOWHERE, "127.0.0.1"]]
+@pytest.mark.parametrize("order", [[NOWHERE, "127.0.0.1"], ["127.0.0.1", NOWHERE]])
+async def test_a_private_address_that_stands_beside_a_public_one_is_not_even_connected_to(
+    receiver: Receiver, leads: Leads, order: list[str]
+):
+    leads["both.example"] = [order]
     attempt = await send(f"http://both.example:{receiver.port}/")
     assert attempt.error is not None
-    assert receiver.seen == b""
+    assert not attempt.error.startswith("refused"), "the public one was tried"
+    assert receiver.connections == 0
+
+
+async def test_of_several_addresses_the_one_where_somebody_listens_is_taken(receiver: Receiver, leads: Leads):
+    leads["several.example"] = [["127.0.0.2", "127.0.0.1"]]
+    assert (await send(f"http://several.example:{receiver.port}/", private=True)).delivered
+    leads["several.example"] = [["127.0.0.2", "127.0.0.3"]]
+    attempt = await send(f"http://several.example:{receiver.port}/", private=True)
+    assert attempt.error is not None
+    assert attempt.error.startswith("ConnectError")
+
+
+async def test_cookies_of_one_customer_reach_no_other(leads: Leads):
+    async def feed(_: Request, writer: asyncio.StreamWriter) -> None:
+        await reply(writer, 200, b"", {"Set-Cookie": "session=evil; Domain=.hosting.example; Path=/"})
+
+    leads["a.hosting.example"] = leads["b.hosting.example"] = [["127.0.0.1"]]
+    async with receiving(feed) as receiver, sending(private=True) as made:
+        for name in "ab":
+            assert (await made.send(f"http://{name}.hosting.example:{receiver.port}/", {}, b"{}")).delivered
+    assert [("cookie" in request.headers) for request in receiver.requests] == [False, False]
+
+
+async def test_a_name_server_that_does_not_answer_holds_up_nobody_else(
+    receiver: Receiver, patience: None, monkeypatch: pytest.MonkeyPatch
+):
+    genuine, answers = names.look_up, threading.Event()
+
+    def look(host: str) -> list[names.Address]:
+        if host.startswith("dead"):
+            answers.wait()
+        return genuine(host)
+
+    monkeypatch.setattr(names, "look_up", look)
+    async with sending(private=True) as made:
+        dead = [asyncio.ensure_future(made.send(f"http://dead{n % 50}.example/", {}, b"")) for n in range(100)]
+        others = made.send(f"http://localhost:{receiver.port}/", {}, b"")
+        # Not only other customers': the loop's own look-ups are HappyRobot's and PostgreSQL's.
+        own = asyncio.get_running_loop().getaddrinfo("localhost", 80)
+        delivered, found = await asyncio.gather(others, own)
+        assert delivered.delivered
+        assert found
+        assert {(await each).error for each in dead} == {"no answer within 0.5 seconds"}
+        started = [thread for thread in threading.enumerate() if thread.name == "names"]
+        assert len(started) == 50, "one for each name"
+        answers.set()
+
+
+async def test_names_that_are_looked_up_are_counted(monkeypatch: pytest.MonkeyPatch, patience: None):
+    answers = threading.Event()
+
+    def look(_: str) -> list[names.Address]:
+        answers.wait()
+        return []
+
+    monkeypatch.setattr(names, "look_up", look)
+    monkeypatch.setattr(names, "_AT_ONCE", 2)
+    async with sending() as made:
+        attempts = await asyncio.gather(*(made.send(f"https://n{n}.example/", {}, b"") for n in range(3)))
+        answers.set()
+    assert sorted(str(attempt.error) for attempt in attempts) == [
+        "no answer within 0.5 seconds",
+        "no answer within 0.5 seconds",
+        "too many names are being looked up",
+    ]
 
 
 async def test_a_redirect_is_not_followed(receiver: Receiver):
@@ -313,17 +389,12 @@ async def trickling_head(_: Request, writer: asyncio.StreamWriter) -> None:
     await stay(writer, b"X-A: b\r\n", 0.05)
 
 
-async def trickling_body(_: Request, writer: asyncio.StreamWriter) -> None:
-    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
-    await stay(writer, b".", 0.05)
-
-
 async def never_quite(_: Request, writer: asyncio.StreamWriter) -> None:
     """Says that it is about to answer, for ever."""
     await stay(writer, b"HTTP/1.1 102 Processing\r\n\r\n", 0.001)
 
 
-@pytest.mark.parametrize("answer", [never, trickling_head, trickling_body, never_quite], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("answer", [never, trickling_head, never_quite], ids=lambda each: each.__name__)
 async def test_an_endpoint_that_never_comes_to_an_end_is_given_up(receiver: Receiver, patience: None, answer: Any):
     receiver.answer = answer
     async with asyncio.timeout(8):  # less than the ten seconds that it usually has
@@ -333,21 +404,36 @@ async def test_an_endpoint_that_never_comes_to_an_end_is_given_up(receiver: Rece
     assert len(receiver.requests) == 1
 
 
+@pytest.mark.parametrize(("status", "error"), [(200, None), (500, "answered 500")])
+async def test_who_has_answered_has_answered_though_the_rest_never_comes(
+    receiver: Receiver, patience: None, status: int, error: str | None
+):
+    async def trickling_body(_: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 %d X\r\nContent-Length: 100000\r\n\r\n" % status)
+        await stay(writer, b".", 0.05)
+
+    receiver.answer = trickling_body
+    attempt = await send(receiver.url, private=True)
+    assert (attempt.status_code, attempt.error) == (status, error)
+    assert 500 <= attempt.duration_ms < 8_000
+
+
+async def test_an_error_is_no_longer_than_can_be_read(receiver: Receiver):
+    async def broken(_: Request, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n" + b"x" * 60_000 + b"\r\n\r\n")
+
+    receiver.answer = broken
+    attempt = await send(receiver.url, private=True)
+    assert attempt.error is not None
+    assert len(attempt.error) <= 500
+
+
 async def test_an_endpoint_where_nobody_listens_is_a_failure():
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         attempt = await send(f"http://127.0.0.1:{silent.getsockname()[1]}/", private=True)
     assert attempt.error is not None
     assert attempt.error.startswith("ConnectError")
-
-
-async def test_a_name_that_nobody_answers_for_is_given_up(patience: None, monkeypatch: pytest.MonkeyPatch):
-    async def look(*_: Any, **__: Any) -> Any:
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look)
-    attempt = await send("https://slow.example/")
-    assert attempt.error == "no answer within 0.5 seconds"
 
 
 async def test_an_answer_of_gigabytes_is_not_read(receiver: Receiver):
@@ -405,10 +491,8 @@ async def measured(url: str) -> tuple[Attempt, int]:
         b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
         b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: \x00\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nless",
         b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100_000 + b"\r\n",
         b"HTTP/1.1 200 OK\r\nX: " + b"y" * 1_000_000 + b"\r\n\r\n",
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",

@@ -20,14 +20,20 @@ class Breaker:
     """Decides, call by call, whether Redis is asked."""
 
     def __init__(self) -> None:
-        self._closed_again_at = 0.0
+        self._closed_again_at: float | None = None
 
     async def call(self, shared: Callable[[], Awaitable[Result]], alone: Callable[[], Awaitable[Result]]) -> Result:
         """What Redis says; what this process says by itself while Redis is away."""
-        if time.monotonic() >= self._closed_again_at:
-            try:
-                return await shared()
-            except (RedisError, StoreUnavailableError, OSError) as error:
-                self._closed_again_at = time.monotonic() + _REST
-                log.warning("Redis is away; this process goes by itself", error=error)
-        return await alone()
+        if self._closed_again_at is not None:
+            if time.monotonic() < self._closed_again_at:
+                return await alone()
+            # This caller finds out whether it is back; the others do not wait for that.
+            self._closed_again_at = time.monotonic() + _REST
+        try:
+            result = await shared()
+        except (RedisError, StoreUnavailableError, OSError) as error:
+            self._closed_again_at = time.monotonic() + _REST
+            log.warning("Redis is away; this process goes by itself", error=error)
+            return await alone()
+        self._closed_again_at = None
+        return result

@@ -185,8 +185,8 @@ class PostgresAway(ConnectionError):
 
 
 # What PostgreSQL says when it is not the statement's fault: shutting down or crashed, starting up, too many
-# connections, a lock or a statement that took too long, a session that was ended.
-_PASSING = frozenset({"57P01", "57P02", "57P03", "53300", "55P03", "57014", "25P03", "25P04"})
+# connections, a deadlock, a lock or a statement that took too long, a session that was ended.
+_PASSING = frozenset({"40P01", "57P01", "57P02", "57P03", "53300", "55P03", "57014", "25P03", "25P04"})
 
 
 def postgres_is_away(error: Exception) -> bool:

@@ -128,6 +128,8 @@ class Job:
     """What it is about, such as a run's id: at most one job of an entrypoint is there for a subject and occasion."""
     after: float = 0.0
     """Seconds from now."""
+    behind: float = 0.0
+    """Seconds by which it lets others that are due go first."""
     occasion: str = ""
     """Keeps it apart from a job for the same subject that is about to end."""
 
@@ -143,7 +145,7 @@ async def enqueue(conn: AsyncConnection, jobs: Sequence[Job]) -> None:
     await queries(cast("Driver", _Joined(conn))).enqueue(
         [job.entrypoint for job in jobs],
         [job.subject.encode() for job in jobs],
-        [_FIRST if job.entrypoint in _URGENT else _rank(job.after) for job in jobs],
+        [_FIRST if job.entrypoint in _URGENT else _rank(job.after + job.behind) for job in jobs],
         [timedelta(seconds=job.after) for job in jobs],
         [job.key for job in jobs],
         on_conflict="skip",

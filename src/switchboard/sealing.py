@@ -62,7 +62,7 @@ async def reseal(conn: AsyncConnection, sealer: Sealer) -> int:
     for column in SEALED:
         (key,) = column.table.primary_key
         # Locked, so that one which is set meanwhile is not overwritten with what was there before.
-        query = select(key, column).where(column.is_not(None)).order_by(key).with_for_update()
+        query = select(key, column).where(column.is_not(None)).order_by(key).with_for_update(key_share=True)
         for name, sealed in (await conn.execute(query)).all():
             try:
                 anew = sealer.seal(sealer.open(sealed).get_secret_value())

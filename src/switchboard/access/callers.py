@@ -232,8 +232,13 @@ async def customer(request: Request, db: Db, failures: CurrentFailures, rates: C
     text = "" if bearer is None else bearer.credentials
     key = None
     if keys.is_one(text):
-        async with db.connect() as conn:
-            key = await keys.find(conn, text)
+        try:
+            async with db.connect() as conn:
+                key = await keys.find(conn, text)
+        except Exception:
+            # Whose request it is cannot be said, but that the address has asked.
+            add_headers(request, (await failures.take(address_of(request))).headers)
+            raise
     if key is not None:
         _name_in_the_log(key)
     # Counted before anything is said: who has no right to an answer has none to as many as they like either.

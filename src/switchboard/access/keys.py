@@ -162,7 +162,7 @@ async def rotate(conn: AsyncConnection, key_id: UUID, grace: timedelta) -> tuple
 async def note_use(conn: AsyncConnection, key: ApiKey) -> None:
     """Writes down that a key was used just now."""
     # Whoever else does the same at this moment writes the same: nobody waits for anybody.
-    mine = select(api_keys.c.id).where(api_keys.c.id == key.id).with_for_update(skip_locked=True)
+    mine = select(api_keys.c.id).where(api_keys.c.id == key.id).with_for_update(skip_locked=True, key_share=True)
     await conn.execute(update(api_keys).where(api_keys.c.id.in_(mine)).values(last_used_at=func.now()))
 
 

@@ -31,7 +31,9 @@ class Rate:
     @classmethod
     def of(cls, result: RateLimitResult) -> Self:
         state = result.state
-        return cls(state.limit, state.remaining, state.reset_after, state.retry_after if result.limited else 0.0)
+        return cls(
+            state.limit, max(0, state.remaining), state.reset_after, state.retry_after if result.limited else 0.0
+        )
 
     @property
     def limited(self) -> bool:

@@ -107,6 +107,15 @@ async def stop(conn: AsyncConnection, key_id: UUID) -> None:
     await conn.execute(update(api_keys).where(api_keys.c.id == key_id).values(webhook_url=None, updated_at=func.now()))
 
 
+async def replaced_until(conn: AsyncConnection, key_id: UUID) -> datetime | None:
+    """Until when the secret before a key's secret signs, too; None if it does not."""
+    query = select(api_keys.c.webhook_secret_before_until).where(
+        api_keys.c.id == key_id, api_keys.c.webhook_secret_before_until > func.now()
+    )
+    until: datetime | None = await conn.scalar(query)
+    return until
+
+
 async def rotate(
     conn: AsyncConnection, settings: Settings, key_id: UUID, grace: timedelta, secret: SecretStr | None = None
 ) -> tuple[SecretStr, datetime]:

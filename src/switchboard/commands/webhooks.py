@@ -92,6 +92,9 @@ def rotate_secret(key: Key, grace: Grace = "24h", webhook_secret: Secret = None,
         found = await good(conn, key)
         if found.webhook_url is None:
             refuse(f"executions of {found.name} are reported nowhere; `switchboard keys webhook` changes that")
+        until = await webhooks.replaced_until(conn, found.id)
+        if until is not None and period:
+            refuse(f"the secret before this one signs until {iso(until)}; --grace 0s replaces both at once")
         return found, *await webhooks.rotate(conn, settings, found.id, period, given)
 
     rotated, secret, until = in_database(work)

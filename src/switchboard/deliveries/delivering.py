@@ -1,5 +1,6 @@
 """Sending what is in the outbox: claim it, send it, write down what came of it. No transaction is open meanwhile."""
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -7,10 +8,11 @@ from typing import Any
 from uuid import UUID
 
 import structlog
-from sqlalchemy import Float, Row, and_, cast, exists, extract, func, insert, or_, select, update
+from sqlalchemy import Float, Row, and_, cast, delete, exists, extract, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from switchboard.access.webhooks import Endpoint, endpoint_of
+from switchboard.deliveries.log import SHOWN
 from switchboard.deliveries.sender import TIMEOUT, Attempt, Sender
 from switchboard.deliveries.signing import headers
 from switchboard.sealing import SealBroken, SecretMissing
@@ -27,6 +29,12 @@ _CLAIM = 2 * TIMEOUT
 
 _AT_ONCE = 8
 """Webhooks that are under way to one customer from one process."""
+
+_SLOW, _SLOW_AT_ONCE = 2.0, 2
+"""Seconds that attempts take where there are fewer places."""
+
+_STAYS = 1.5
+"""Seconds until the next attempt that are waited out where one is."""
 
 _LONGEST_WAIT = 60.0
 """Seconds after which one that had to wait for others of its customer looks again, at most."""
@@ -54,15 +62,24 @@ class Lane:
     """Seconds that an attempt takes, of late."""
 
     @property
+    def places(self) -> int:
+        """Fewer where an endpoint takes its time: many of those together must leave room for the rest."""
+        return _AT_ONCE if self.usually < _SLOW else _SLOW_AT_ONCE
+
+    @property
     def is_full(self) -> bool:
-        return self.sending >= _AT_ONCE
+        return self.sending >= self.places
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.sending and max(self.away.values(), default=0) < time.monotonic()
 
     def send_away(self, delivery_id: UUID) -> float:
         """Seconds until it may be the turn of one more."""
         now = time.monotonic()
         # Those that are overdue came back elsewhere.
         self.away = {each: until for each, until in self.away.items() if until > now and each != delivery_id}
-        wait = min(max(_SOON, (len(self.away) / _AT_ONCE + 1) * self.usually), _LONGEST_WAIT)
+        wait = min(max(_SOON, (len(self.away) / self.places + 1) * self.usually), _LONGEST_WAIT)
         self.away[delivery_id] = now + wait
         return wait
 
@@ -82,14 +99,24 @@ class Deliverer:
     async def deliver(self, subject: str) -> float | None:
         """Sends a delivery if it is due; seconds until it is to be looked at again, None when it is done with."""
         delivery_id = UUID(subject)
-        async with self._db.connect() as conn:
-            waiting = await _waiting(conn, delivery_id)
-        if waiting is None:
-            return None
-        if waiting.due_in > 0:
-            return float(waiting.due_in)
-        lane = self._lanes.setdefault(waiting.key_id, Lane())
-        if lane.is_full or not waiting.is_first:
+        while True:
+            async with self._db.connect() as conn:
+                waiting = await _waiting(conn, delivery_id)
+            if waiting is None:
+                return None
+            if waiting.due_in > _STAYS:
+                return float(waiting.due_in)
+            if waiting.due_in > 0:
+                # Worth staying for: put off, it would come up a little late.
+                await asyncio.sleep(waiting.due_in)
+                continue
+            if (away := await self._in_its_lane(waiting.key_id, delivery_id, first=waiting.is_first)) is not None:
+                return away
+
+    async def _in_its_lane(self, key_id: UUID, delivery_id: UUID, *, first: bool) -> float | None:
+        """Sends a delivery if there is room; seconds until it may look again, None when it has had its turn."""
+        lane = self._lanes.setdefault(key_id, Lane())
+        if lane.is_full or not first:
             return lane.send_away(delivery_id)
         lane.away.pop(delivery_id, None)
         lane.sending += 1
@@ -97,10 +124,11 @@ class Deliverer:
             return await self._send(delivery_id, lane)
         finally:
             lane.sending -= 1
-            if not lane.sending and not lane.away:
-                self._lanes.pop(waiting.key_id, None)
+            if lane.is_idle:
+                self._lanes.pop(key_id, None)
 
     async def _send(self, delivery_id: UUID, lane: Lane) -> float | None:
+        """Sends a delivery once; seconds until it may look again where somebody else is sending it."""
         async with self._db.begin() as conn:
             delivery = await _claim(conn, delivery_id)
             endpoint = None if delivery is None else await self._endpoint(conn, delivery.key_id)
@@ -122,7 +150,7 @@ class Deliverer:
                 error=attempt.error,
                 again_in=pause,
             )
-        return pause
+        return None
 
     async def _endpoint(self, conn: AsyncConnection, key_id: UUID) -> Endpoint | str:
         """Where it goes, or why it cannot go anywhere."""
@@ -181,6 +209,8 @@ async def _claim(conn: AsyncConnection, delivery_id: UUID) -> Row[Any] | None:
 
 async def _write_down(conn: AsyncConnection, delivery: Row[Any], attempt: Attempt, pause: float | None) -> None:
     """Writes down what came of an attempt; `pause` is in seconds, None where it was the last one."""
+    # Whoever has claimed it after us writes its attempt behind ours.
+    await conn.execute(select(deliveries.c.id).where(deliveries.c.id == delivery.id).with_for_update())
     values: dict[str, Any] = {"claimed_until": None}
     if attempt.delivered:
         values |= {"status": DeliveryStatus.DELIVERED, "finished_at": func.now()}
@@ -207,5 +237,11 @@ async def _write_down(conn: AsyncConnection, delivery: Row[Any], attempt: Attemp
             status_code=attempt.status_code,
             response=attempt.response,
             error=attempt.error,
+        )
+    )
+    await conn.execute(
+        delete(delivery_attempts).where(
+            delivery_attempts.c.delivery_id == delivery.id,
+            delivery_attempts.c.number <= so_far.scalar_subquery() - SHOWN,
         )
     )

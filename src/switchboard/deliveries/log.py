@@ -6,11 +6,14 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import ARRAY, Row, Uuid, any_, func, literal, select, update
+from sqlalchemy import ARRAY, Row, Uuid, func, literal, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.jobs import DELIVER, Job, enqueue
 from switchboard.tables import DeliveryStatus, WebhookEvent, deliveries, delivery_attempts
+
+SHOWN = 20
+"""Attempts of a delivery that are listed, and kept: the last ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A delivery and all attempts to send it, the first one first."""
+    """A delivery and the last attempts to send it, the newest one last."""
 
     id: UUID
     number: int
@@ -40,7 +43,12 @@ class Delivery:
 
 async def listed(conn: AsyncConnection, wanted: Wanted, *, limit: int, before: int | None = None) -> Sequence[Delivery]:
     """Deliveries, newest first; `before` is the number of the last one of the page before."""
-    query = select(deliveries).order_by(deliveries.c.number.desc()).limit(limit)
+    # Without the bodies, which may be large.
+    query = (
+        select(*(column for column in deliveries.c if column is not deliveries.c.body))
+        .order_by(deliveries.c.number.desc())
+        .limit(limit)
+    )
     for column, value in (
         (deliveries.c.key_id, wanted.key_id),
         (deliveries.c.status, wanted.status),
@@ -69,11 +77,15 @@ async def listed(conn: AsyncConnection, wanted: Wanted, *, limit: int, before: i
 
 
 async def _attempts(conn: AsyncConnection, delivery_ids: Sequence[UUID]) -> dict[UUID, list[Row[Any]]]:
-    query = (
+    wanted = func.unnest(literal(delivery_ids, ARRAY(Uuid))).table_valued("id").render_derived("wanted")
+    last = (
         select(delivery_attempts)
-        .where(delivery_attempts.c.delivery_id == any_(literal(delivery_ids, ARRAY(Uuid))))
-        .order_by(delivery_attempts.c.delivery_id, delivery_attempts.c.number)
+        .where(delivery_attempts.c.delivery_id == wanted.c.id)
+        .order_by(delivery_attempts.c.number.desc())
+        .limit(SHOWN)
+        .lateral("last")
     )
+    query = select(last).select_from(wanted.join(last, true())).order_by(last.c.delivery_id, last.c.number)
     found: dict[UUID, list[Row[Any]]] = {}
     for row in await conn.execute(query):
         found.setdefault(row.delivery_id, []).append(row)

@@ -1,13 +1,27 @@
 """What customers are to be told, written with the change that it tells of: both are committed, or neither."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from pydantic_core import to_json
-from sqlalchemy import ARRAY, Interval, Row, Uuid, any_, bindparam, func, insert, literal, select, update
+from sqlalchemy import (
+    ARRAY,
+    Interval,
+    Row,
+    Uuid,
+    any_,
+    bindparam,
+    func,
+    insert,
+    literal,
+    literal_column,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.access import webhooks
@@ -34,6 +48,7 @@ async def post(conn: AsyncConnection, reports: Sequence[Report]) -> list[Job]:
     events = await webhooks.wanted(conn, {report.execution.key_id for report in owned})
     wanted = [report for report in owned if report.event in events.get(report.execution.key_id, ())]
     ends = await ends_of(conn, {report.execution.id for report in wanted if report.event in _ENDS})
+    backlog = await _backlog(conn, {report.execution.key_id for report in wanted})
     rows, jobs = [], []
     for report in wanted:
         runs = ends.get(report.execution.id, [])
@@ -47,11 +62,27 @@ async def post(conn: AsyncConnection, reports: Sequence[Report]) -> list[Job]:
             "wait": timedelta(seconds=wait),
         }
         rows.append(row)
-        jobs.append(Job(DELIVER, str(row["id"]), wait))
+        jobs.append(Job(DELIVER, str(row["id"]), wait, behind=_FOR_EACH * backlog[report.execution.key_id]))
     if rows:
+        rows.sort(key=lambda row: row["key_id"])  # keys' rows are locked in one order
         due_at = func.now() + bindparam("wait", type_=Interval)
         await conn.execute(insert(deliveries).values(due_at=due_at), rows)
     return jobs
+
+
+async def _backlog(conn: AsyncConnection, key_ids: Collection[UUID]) -> dict[UUID, int]:
+    """How many of each key's deliveries are still to be sent: those that follow let other customers' go first."""
+    if not key_ids:
+        return {}
+    key = func.unnest(literal(list(key_ids), ARRAY(Uuid))).table_valued("id").render_derived("key")
+    pending = deliveries.c.status == literal_column(f"'{DeliveryStatus.PENDING}'")  # by which its index fits
+    some = select(deliveries.c.id).where(deliveries.c.key_id == key.c.id, pending).limit(_MOST).lateral("some")
+    query = (
+        select(key.c.id, func.count(some.c.id).label("pending"))
+        .select_from(key.outerjoin(some, true()))
+        .group_by(key.c.id)
+    )
+    return {row.id: row.pending for row in await conn.execute(query)}
 
 
 async def complete(conn: AsyncConnection, ended: Sequence[Row[Any]]) -> None:
@@ -82,6 +113,9 @@ async def complete(conn: AsyncConnection, ended: Sequence[Row[Any]]) -> None:
 
 
 _ENDS = frozenset({WebhookEvent.COMPLETED, WebhookEvent.FAILED, WebhookEvent.CANCELLED})
+
+_FOR_EACH, _MOST = 0.1, 1_000
+"""Seconds by which a delivery lets others go first for each of its customer's that waits, and how many are counted."""
 
 _FOR_A_RESULT = 5.0
 """Seconds for which the end of an execution is not told when its result is missing: HappyRobot was asked, and its

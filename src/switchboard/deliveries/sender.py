@@ -5,12 +5,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
-from urllib.parse import urlsplit
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
+from typing import Any
 
 import httpx
 from httpx_secure import SSRFProtectionError, httpx_ssrf_protection
 
+from switchboard.cookies import no_cookies
+from switchboard.deliveries.names import Address, Names, Nowhere
 from switchboard.settings import Settings
 
 TIMEOUT = 10.0
@@ -19,9 +21,12 @@ TIMEOUT = 10.0
 _KEPT = 1_000
 """Bytes of an answer that are kept: the first ones."""
 
-_NAMES_KEPT = 30.0
-"""Seconds for which it is remembered where a name leads."""
+_TRIED = 3
+"""Addresses of a name that are tried, in turn, where nothing is listening."""
 
+_LONGEST_ERROR = 500
+
+# Not the address that a name leads to, which is nobody's business.
 _PRIVATE = "refused: {} is not an address on the internet"
 
 # Not left to the lists of Python, which call everything public that they do not know.
@@ -30,6 +35,10 @@ _UNICAST = IPv6Network("2000::/3")
 
 # The first two hold an IPv4 address, which would be the one that is reached; the last one is for documents.
 _NOBODYS = (IPv6Network("2002::/16"), IPv6Network("2001::/32"), IPv6Network("3fff::/20"))
+
+
+_OF_THE_CLOUD = IPv4Address("168.63.129.16")
+"""Looks public, and is Azure's own service for each of its machines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +68,16 @@ class Sender:
     def __init__(self, settings: Settings) -> None:
         self._private_allowed = settings.allow_private_webhooks
         self._https_only = settings.environment == "production"
+        self._names = Names()
         # A new connection for each: one that was kept may have been cut, which would look like the customer's fault.
         # Nothing from the environment: a proxy would connect where we may not.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._http = httpx.AsyncClient(timeout=TIMEOUT, limits=limits, follow_redirects=False, trust_env=False)
+        self._http = httpx.AsyncClient(
+            timeout=TIMEOUT, limits=limits, follow_redirects=False, trust_env=False, cookies=no_cookies()
+        )
         if not self._private_allowed:
-            # Decides by the address to which it has connected, whatever the name meant a moment ago.
-            httpx_ssrf_protection(
-                self._http, custom_validator=lambda _, address, __: is_public(address), dns_cache_ttl=_NAMES_KEPT
-            )
+            # Whatever is decided here beforehand: it looks at the address to which it connects.
+            httpx_ssrf_protection(self._http, custom_validator=lambda _, address, __: is_public(address))
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -75,18 +85,15 @@ class Sender:
     async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> Attempt:
         """Sends a webhook once. Whatever goes wrong is part of the attempt."""
         started_at, began = datetime.now(UTC), time.perf_counter()
-        status_code = response = None
+        answered = _Answered()
         try:
             async with asyncio.timeout(TIMEOUT):
-                await self._look(url)
-                async with self._http.stream("POST", url, headers=headers, content=body) as answer:
-                    status_code = answer.status_code
-                    response = await _beginning(answer)
-            error = _complaint(answer)
-        except Refused as refused:
+                await self._send(url, headers, body, answered)
+            error = None
+        except (Refused, Nowhere) as refused:
             error = str(refused)
         except SSRFProtectionError as refused:
-            error = _PRIVATE.format(refused.ip_addr or refused.hostname)
+            error = _PRIVATE.format(refused.hostname)
         except (TimeoutError, httpx.TimeoutException):
             error = f"no answer within {TIMEOUT:g} seconds"
         except (httpx.InvalidURL, ValueError) as trouble:
@@ -94,32 +101,65 @@ class Sender:
         except (httpx.HTTPError, OSError) as trouble:
             error = f"{type(trouble).__name__}: {trouble}".removesuffix(": ")
         elapsed = round((time.perf_counter() - began) * 1000)
-        return Attempt(started_at, elapsed, status_code, response, error)
+        # Who has answered has answered, whatever becomes of the rest.
+        error = answered.complaint if answered.status_code is not None else error
+        # Some errors repeat what somebody has sent.
+        return Attempt(started_at, elapsed, answered.status_code, answered.response, error and error[:_LONGEST_ERROR])
 
-    async def _look(self, url: str) -> None:
-        """Refuses what can be seen to be wrong before anything is connected to."""
-        parts = urlsplit(url)
-        if self._https_only and parts.scheme != "https":
+    async def _send(self, url: str, headers: Mapping[str, str], body: bytes, answered: "_Answered") -> None:
+        target = httpx.URL(url)
+        addresses = (await self._addresses(target))[:_TRIED]
+        more: dict[str, Any] = {
+            "headers": {**headers, "Host": target.netloc.decode("ascii")},
+            "content": body,
+            "timeout": httpx.Timeout(TIMEOUT, connect=TIMEOUT / len(addresses)),
+            # What its certificate is to name.
+            "extensions": {"sni_hostname": target.raw_host.decode("ascii")},
+        }
+        for left, address in zip(reversed(range(len(addresses))), addresses, strict=True):
+            try:
+                async with self._http.stream("POST", target.copy_with(host=str(address)), **more) as answer:
+                    await answered.take(answer)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                # Nothing was sent; another of its addresses may be there.
+                if not left:
+                    raise
+            else:
+                return
+
+    async def _addresses(self, target: httpx.URL) -> list[Address]:
+        """Where to send to, in numbers; refuses what can be seen to be wrong before anything is connected to."""
+        if target.scheme not in ("http", "https") or not target.host:
+            raise Refused("the address cannot be used: it is none of http:// or https://")
+        if self._https_only and target.scheme != "https":
             raise Refused("refused: only https:// addresses are sent to in production")
-        if self._private_allowed:
-            return
-        host = parts.hostname or ""
-        loop = asyncio.get_running_loop()
-        try:
-            found = await loop.getaddrinfo(host, parts.port or 443, type=1)
-        except (OSError, UnicodeError) as error:
-            raise Refused(f"the name {host} leads nowhere") from error
-        addresses = [ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
-        if not any(map(is_public, addresses)):
-            raise Refused(_PRIVATE.format(addresses[0] if addresses else host))
+        found = await self._names.addresses(target.raw_host.decode("ascii"))
+        public = [address for address in found if self._private_allowed or is_public(address)]
+        if not public:
+            raise Refused(_PRIVATE.format(target.host))
+        return public
 
 
-def is_public(address: IPv4Address | IPv6Address) -> bool:
+@dataclass(slots=True)
+class _Answered:
+    """As much of an answer as has come."""
+
+    status_code: int | None = None
+    response: str | None = None
+    complaint: str | None = None
+
+    async def take(self, answer: httpx.Response) -> None:
+        """Reads the beginning of an answer."""
+        self.status_code, self.complaint = answer.status_code, _complaint(answer)
+        self.response = await _beginning(answer)
+
+
+def is_public(address: Address) -> bool:
     """Whether this is the address of one machine on the internet."""
     plain = (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
     if isinstance(plain, IPv6Address) and (plain not in _UNICAST or any(plain in network for network in _NOBODYS)):
         return False
-    return plain.is_global and not plain.is_multicast
+    return plain.is_global and not plain.is_multicast and plain != _OF_THE_CLOUD
 
 
 def _complaint(answer: httpx.Response) -> str | None:

@@ -30,6 +30,7 @@ from redis.asyncio import Redis
 from stamina.instrumentation import RetryDetails, set_on_retry_hooks
 from starlette.requests import HTTPConnection
 
+from switchboard.cookies import no_cookies
 from switchboard.happyrobot.addresses import api_root
 from switchboard.happyrobot.pace import Pace
 from switchboard.happyrobot.payloads import read_json, started_runs
@@ -172,6 +173,7 @@ class HappyRobot:
                 timeout=httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT, pool=_CONNECT_TIMEOUT),
                 limits=httpx.Limits(max_connections=100, max_keepalive_connections=keep),
                 headers={"User-Agent": "switchboard"},
+                cookies=no_cookies(),
             )
 
         # Apart, so that hooks which hang leave the Platform API its connections. A hook gets a new connection for each

@@ -38,7 +38,7 @@ class DeliveryOut(Camel):
     status: DeliveryStatus
     created_at: Timestamp
     next_attempt_at: Timestamp | None
-    attempts: list[AttemptOut]
+    attempts: list[AttemptOut] = Field(description=f"The last {log.SHOWN}, the newest one last.")
 
 
 class SentAgainOut(Camel):

@@ -16,7 +16,11 @@ for _part in _PARTS:
     router.include_router(_part)
 
 
-@router.api_route(PUBLIC + "/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
+
+
+@router.api_route(PUBLIC, methods=_METHODS, include_in_schema=False)
+@router.api_route(PUBLIC + "/{rest:path}", methods=_METHODS, include_in_schema=False)
 async def nothing(request: Request) -> None:
     """Nothing is here. Who asks for it is counted all the same, and told what is left of their limit."""
     for route in (route for part in _PARTS for route in part.routes):
