@@ -12,7 +12,7 @@ async def test_the_page_lists_the_endpoints_and_tries_one(service: Service, tab:
         await expect(tab.page.get_by_role("button").filter(has_text=path).first).to_be_visible()
     await tab.page.get_by_role("button", name="GET /healthz", exact=False).first.click()
     await tab.page.get_by_role("button", name="Try it out").click()
-    await tab.page.get_by_role("button", name="Execute").click()
+    await tab.page.get_by_role("button", name="Execute", exact=True).click()
     await expect(tab.page.locator(".live-responses-table")).to_contain_text('"status": "ok"')
 
 

@@ -11,6 +11,7 @@ from switchboard import __version__, callbacks, edge, errors, logs, reference
 from switchboard.access import routes as access
 from switchboard.live import stream
 from switchboard.public import routes as public
+from switchboard.public.shapes import RATE_HEADERS
 from switchboard.runs import calling, reading
 from switchboard.settings import Settings
 from switchboard.wiring import State, addresses, connected
@@ -78,6 +79,9 @@ def _corrected(document: dict[str, Any], *, anonymous: bool) -> dict[str, Any]:
             # Bad input is answered 400, in the endpoint's own shape.
             if operation["responses"].get("422", {}).get("description") == "Validation Error":
                 del operation["responses"]["422"]
+            if operation.get("tags") == public.router.tags:
+                for response in operation["responses"].values():
+                    response["headers"] = RATE_HEADERS
             if "security" in operation:
                 ways = [way for way in operation["security"] if way and (method == "get" or "access_token" not in way)]
                 if operation["tags"] in (access.router.tags, public.router.tags):

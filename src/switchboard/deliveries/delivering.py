@@ -30,6 +30,9 @@ _CLAIM = 2 * TIMEOUT
 _AT_ONCE = 8
 """Webhooks that are under way to one customer from one process."""
 
+_CONNECTIONS = 4
+"""To PostgreSQL, for all of them together."""
+
 _SLOW, _SLOW_AT_ONCE = 2.0, 2
 """Seconds that attempts take where there are fewer places."""
 
@@ -95,12 +98,14 @@ class Deliverer:
         self._db = db
         self._sender = sender
         self._lanes: dict[UUID, Lane] = {}
+        # Many are under way, and requests need connections, too.
+        self._desk = asyncio.Semaphore(_CONNECTIONS)
 
     async def deliver(self, subject: str) -> float | None:
         """Sends a delivery if it is due; seconds until it is to be looked at again, None when it is done with."""
         delivery_id = UUID(subject)
         while True:
-            async with self._db.connect() as conn:
+            async with self._desk, self._db.connect() as conn:
                 waiting = await _waiting(conn, delivery_id)
             if waiting is None:
                 return None
@@ -129,7 +134,7 @@ class Deliverer:
 
     async def _send(self, delivery_id: UUID, lane: Lane) -> float | None:
         """Sends a delivery once; seconds until it may look again where somebody else is sending it."""
-        async with self._db.begin() as conn:
+        async with self._desk, self._db.begin() as conn:
             delivery = await _claim(conn, delivery_id)
             endpoint = None if delivery is None else await self._endpoint(conn, delivery.key_id)
         if delivery is None:
@@ -139,7 +144,7 @@ class Deliverer:
         lane.note(time.monotonic() - began)
         final = attempt.delivered or isinstance(endpoint, str)
         pause = None if final else pause_after(delivery.failures + 1)
-        async with self._db.begin() as conn:
+        async with self._desk, self._db.begin() as conn:
             await _write_down(conn, delivery, attempt, pause)
         if not attempt.delivered:
             log.warning(

@@ -36,7 +36,6 @@ _UNICAST = IPv6Network("2000::/3")
 # The first two hold an IPv4 address, which would be the one that is reached; the last one is for documents.
 _NOBODYS = (IPv6Network("2002::/16"), IPv6Network("2001::/32"), IPv6Network("3fff::/20"))
 
-
 _OF_THE_CLOUD = IPv4Address("168.63.129.16")
 """Looks public, and is Azure's own service for each of its machines."""
 

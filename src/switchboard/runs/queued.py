@@ -28,6 +28,9 @@ log = structlog.stdlib.get_logger(__name__)
 MOST_ROWS = 100
 """Rows of `csvData` that a workflow is sent: the first ones."""
 
+_LATE = 300.0
+"""Seconds after which an execution may be too old to be started; `STALE_AFTER` if that is longer."""
+
 _PATIENCE = 900.0
 """Seconds for which PostgreSQL may be away while runs are recorded: nobody waits for an answer here."""
 
@@ -104,7 +107,7 @@ class Launcher:
 
     async def _workflow(self, conn: AsyncConnection, execution: Row[Any]) -> Workflow | str:
         """What is to be started, or why it cannot be."""
-        if execution.waited > self._settings.stale_after:
+        if execution.waited > max(self._settings.stale_after, _LATE):
             return "It could not be started in time"  # nobody wants to be called in the middle of the night
         key = None if execution.key_id is None else await keys.get(conn, execution.key_id)
         if key is not None and not key.active:
