@@ -27,6 +27,7 @@ from switchboard.executions import RunEnd, error, output, word
 from switchboard.happyrobot.client import Hook
 from switchboard.happyrobot.simulator import Call, Simulator
 from switchboard.runs import trigger
+from switchboard.runs.queued import Launcher
 from switchboard.runs.sorting import NewRuns, News, Outcome
 from switchboard.runs.sweep import sweep
 from switchboard.tables import ExecutionStatus, KeyScope, RunStatus, api_key_usage, api_keys, executions
@@ -530,6 +531,41 @@ async def test_a_call_that_is_being_placed_is_heard_out_when_the_worker_is_to_st
         async with running_service(settings) as service:
             again = Website(service.http, website.key_id, website.headers)
             assert (await again.status(execution_id))["status"] == "running"
+
+
+async def test_a_job_that_comes_up_twice_places_one_call(own_database: str, servers: Servers):
+    """Its worker's sign of life was late, or it was killed after it had begun: the call may be placed."""
+    asked, answers = 0, asyncio.Event()
+
+    async def hook(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal asked
+        if scope["type"] == "http":
+            asked += 1
+            await answers.wait()
+            headers = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b'{"queued_run_ids": ["the-run"]}'})
+
+    async def is_asked() -> bool:
+        return bool(asked)
+
+    async with serving(lambda _: hook) as (url, _):
+        settings = settings_for(own_database, servers.redis_url, url, happyrobot_api_key=None)
+        async with running_service(settings) as one, running_service(settings) as other:
+            website = await new_website(one, one.state["db"])
+            execution_id = await website.execute()
+            first, second = (
+                Launcher(settings, state["db"], state["happyrobot"], state["intake"])
+                for state in (one.state, other.state)
+            )
+            placing = asyncio.create_task(first.start(execution_id))
+            await until(is_asked)
+            await second.start(execution_id)
+            answers.set()
+            await placing
+            await second.start(execution_id)
+            assert (await website.status(execution_id))["status"] == "running"
+    assert asked == 1
 
 
 async def test_runs_are_recorded_however_long_postgresql_is_away(

@@ -82,12 +82,10 @@ async def _meant(conn: AsyncConnection, decision: Decision) -> Row[Any] | None:
     if decision.approval_id is not None:
         return next((each for each in requests if each.id == decision.approval_id), None)
     decided = [each for each in requests if each.status in _DECIDED]
-    # What was rejected is over, whatever else it had asked for.
-    rejected = next((each for each in decided if each.status == ApprovalStatus.REJECTED), None)
     pending = next((each for each in requests if each.status == ApprovalStatus.PENDING), None)
     last = max(decided, key=lambda each: (each.decided_at, each.number), default=None)
-    if rejected is not None or pending is None:
-        return rejected or last
+    if pending is None:
+        return last
     # Who repeats a decision, because its answer was lost, must not decide the next question, which they have not seen.
     return pending if last is None or pending.shown_at is not None else last
 
