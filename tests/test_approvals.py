@@ -71,8 +71,8 @@ class Desk:
         return execution_id
 
     async def silent(self) -> str:
-        """An execution whose run says nothing and goes nowhere by itself."""
-        execution_id = await self.website.execute({"simulate": {"faults": "silent"}})
+        """An execution whose run says nothing, and waits for somebody who never comes."""
+        execution_id = await self.website.execute({"simulate": {"approval": True, "faults": "silent"}})
         await self.website.until(execution_id, "running")
         return execution_id
 
@@ -124,7 +124,12 @@ async def test_what_a_run_asks_for_is_shown_and_approved_and_the_run_goes_on(des
     decided = await desk.decide(execution_id, "approve", comment="Content approved, looks good")
     assert (decided.status_code, decided.json()) == (
         200,
-        {"executionId": execution_id, "status": "approved", "message": "Execution approved and will continue"},
+        {
+            "executionId": execution_id,
+            "status": "approved",
+            "message": "Execution approved and will continue",
+            "approvalId": pending["approvalId"],
+        },
     )
     ended = await desk.website.until(execution_id, "completed")
     assert ended["approvalStatus"] == "approved"
@@ -149,7 +154,12 @@ async def test_what_is_rejected_is_over_and_its_call_is_stopped(desk: Desk):
     decided = await desk.decide(execution_id, "reject", comment="Content does not meet standards")
     assert (decided.status_code, decided.json()) == (
         200,
-        {"executionId": execution_id, "status": "rejected", "message": "Execution rejected and stopped"},
+        {
+            "executionId": execution_id,
+            "status": "rejected",
+            "message": "Execution rejected and stopped",
+            "approvalId": decided.json()["approvalId"],
+        },
     )
     status = await desk.website.status(execution_id)
     assert (status["status"], status["approvalStatus"]) == ("cancelled", "rejected")
@@ -308,13 +318,25 @@ async def test_who_repeats_a_decision_does_not_decide_the_next_question(desk: De
     await ask_again(desk, execution_id, rows=[{"n": 1}])
     assert (await desk.decide(execution_id, "approve")).status_code == 200, "the first, also unseen"
     await ask_again(desk, execution_id, rows=[{"n": 2}])
-    assert (await desk.decide(execution_id, "approve")).status_code == 200, "as before"
-    assert (await desk.decide(execution_id, "reject")).status_code == 409
+    first, _ = await desk.rows(execution_id)
+    again = await desk.decide(execution_id, "approve")
+    assert (again.status_code, again.json()["approvalId"]) == (200, str(first.id)), "as before"
     assert [row.status for row in await desk.rows(execution_id)] == ["approved", "pending"]
     shown = (await desk.website.get(f"/executions/{execution_id}/pending-approval")).json()
     assert shown["approvalData"]["rows"] == [{"n": 2}]
     assert (await desk.decide(execution_id, "approve")).status_code == 200
     assert [row.status for row in await desk.rows(execution_id)] == ["approved", "approved"]
+
+
+async def test_who_decides_the_other_way_repeats_nothing(desk: Desk):
+    """A question that nobody has looked at can be rejected: what it is about does not go on."""
+    execution_id = await desk.silent()
+    for number in (1, 2):
+        await ask_again(desk, execution_id, rows=[{"n": number}])
+    assert (await desk.decide(execution_id, "approve")).status_code == 200
+    assert (await desk.decide(execution_id, "reject")).status_code == 200
+    assert [row.status for row in await desk.rows(execution_id)] == ["approved", "rejected"]
+    assert (await desk.website.status(execution_id))["status"] == "cancelled"
 
 
 async def test_the_same_request_twice_is_one(desk: Desk):
@@ -351,7 +373,7 @@ async def in_one_turn(desk: Desk, *news: News) -> list[Any]:
 
 async def test_a_rejection_is_for_good_whatever_comes_with_it(desk: Desk):
     for approve_first in (True, False):
-        execution_id = await desk.website.execute({"simulate": {"runs": 3, "faults": "silent"}})
+        execution_id = await desk.website.execute({"simulate": {"runs": 3, "approval": True, "faults": "silent"}})
         await desk.website.until(execution_id, "running")
         first, second, third = sorted(
             run.id for run in desk.simulator.runs.values() if run.payload["execution_id"] == execution_id
@@ -578,12 +600,13 @@ async def test_nobody_is_told_for_ever_who_says_that_there_is_nothing_to_decide(
 
 async def test_a_decision_without_an_address_waits_for_one(desk: Desk, servers: Servers):
     """The callback named none that may be used; an operator gives the workflow an approval hook."""
-    execution_id = await desk.website.execute({"simulate": {"faults": "silent"}}, workflow=await hooked(desk, None))
+    execution_id = await desk.website.execute(
+        {"simulate": {"approval": True, "faults": "silent"}}, workflow=await hooked(desk, None)
+    )
     await desk.website.until(execution_id, "running")
     run_id = desk.run_of(execution_id).id
     await desk.service.callback(run_id, "pending_approval", {"rows": []}, resume_url="https://evil.example/resume")
     assert (await desk.decide(execution_id, "approve")).status_code == 200
-    workflow_id = (await desk.service.run(run_id))["workflowId"]
     heard: list[httpx.Request] = []
     async with receiver(heard) as url:
         await hooked(desk, f"{url}/approvals", workflow_id)
@@ -656,7 +679,7 @@ async def test_a_decision_that_is_being_told_is_told_out_when_the_worker_is_to_s
             settings = settings_for(own_database, servers.redis_url, upstream)
             async with running_service(settings, worker=True) as service:
                 desk = Desk(service, service.state["db"], await new_website(service, service.state["db"]), simulator)
-                given = {"simulate": {"faults": "silent"}}
+                given = {"simulate": {"approval": True, "faults": "silent"}}
                 execution_id = await desk.website.execute(given, workflow=await hooked(desk, f"{url}/approvals"))
                 await desk.website.until(execution_id, "running")
                 await desk.service.callback(desk.run_of(execution_id).id, "pending_approval", {"rows": []})

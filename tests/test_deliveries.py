@@ -1002,6 +1002,26 @@ async def all_tried(bench: Bench, key_id: UUID) -> bool:
     return all(row.status == DeliveryStatus.DELIVERED or row.failures for row in await bench.posted(key_id))
 
 
+async def test_what_waits_for_its_turn_does_not_hold_up_those_whose_turn_it_is(bench: Bench, receiver: Receiver):
+    """A customer with many that are due, as after an hour of being away."""
+    key_id = await bench.key(receiver.url)
+    await post(bench, key_id, 300)
+    made = Sender(bench.settings)
+    deliverer, looks = Deliverer(bench.settings, bench.db, made), 0
+    rows = await bench.posted(key_id)
+
+    async def until_done(delivery_id: UUID) -> None:
+        nonlocal looks
+        while await deliverer.deliver(str(delivery_id)) is not None:
+            looks += 1
+
+    await asyncio.gather(*(until_done(row.id) for row in rows))
+    await made.aclose()
+    await bench.until_all(key_id, DeliveryStatus.DELIVERED)
+    assert len(receiver.requests) == 300
+    assert looks < 300, "most had their turn when they came"
+
+
 async def test_two_workers_send_each_attempt_once(bench: Bench, receiver: Receiver):
     key_ids = [await bench.key(receiver.url) for _ in range(4)]
     async with bench.workers(2):

@@ -689,7 +689,8 @@ def of_a_website(marked: dict[str, str]) -> list[Step]:
 def let_a_website_decide(http: httpx.Client, marked: dict[str, str], upstream: str) -> list[tuple[int, str]]:
     """An approval from its request to a decision that HappyRobot refuses."""
     website = {"Authorization": f"Bearer {marked['website key']}"}
-    body = {"input": payload(marked, simulate={"faults": "silent"})}
+    # It says nothing, and waits for somebody who never comes.
+    body = {"input": payload(marked, simulate={"faults": "silent", "approval": True})}
     execution = f"{PUBLIC}/executions/{http.post(EXECUTE, json=body, headers=website).json()['executionId']}"
 
     def status() -> str:

@@ -253,6 +253,20 @@ async def test_a_name_server_that_does_not_answer_holds_up_nobody_else(
         answers.set()
 
 
+async def test_a_name_for_which_there_was_no_thread_is_looked_up_the_next_time(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+):
+    def no_more(_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with sending(private=True) as made:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_more)
+            attempt = await made.send(receiver.url, {}, b"")
+        assert attempt.error == "too many names are being looked up"
+        assert (await made.send(receiver.url, {}, b"")).delivered
+
+
 async def test_names_that_are_looked_up_are_counted(monkeypatch: pytest.MonkeyPatch, patience: None):
     answers = threading.Event()
 

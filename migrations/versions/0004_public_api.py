@@ -24,6 +24,11 @@ def upgrade() -> None:
     op.alter_column("executions", "answer_by", nullable=True)
     for column in (_moment("began_at"), sa.Column("approval_status", sa.String(length=50), nullable=True)):
         op.add_column("executions", column)
+    # What had runs and has failed has begun. Of those with other words that is known.
+    op.execute(
+        "UPDATE executions SET began_at = created_at WHERE status = 'failed' "
+        "AND EXISTS (SELECT FROM agent_runs WHERE agent_runs.execution_id = executions.id)"
+    )
     op.add_column("held_callbacks", sa.Column("resume_url", sa.Text(), nullable=True))
     op.create_table(
         "approvals",

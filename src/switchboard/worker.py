@@ -77,6 +77,8 @@ class _Worker:
         self._state = state
         self._stopping = stopping
         reconciler = Reconciler(state["settings"], state["db"], state["happyrobot"], state["lookups"], state["intake"])
+        # Many may be put off at once, and requests need connections, too.
+        self._ranking = asyncio.Semaphore(2)
         settings, db, happyrobot, intake = state["settings"], state["db"], state["happyrobot"], state["intake"]
         launcher = Launcher(settings, db, happyrobot, intake)
         deliverer = Deliverer(settings, db, state["sender"])
@@ -144,7 +146,7 @@ class _Worker:
             if again is None:
                 return
             with contextlib.suppress(SQLAlchemyError, OSError):  # then it comes up a little too early or too late
-                async with self._state["db"].begin() as conn:
+                async with self._ranking, self._state["db"].begin() as conn:
                     await jobs.rank_behind(conn, job.id, again)
             raise RetryRequested(timedelta(seconds=again))
 

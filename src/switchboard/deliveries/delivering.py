@@ -30,8 +30,8 @@ _CLAIM = 2 * TIMEOUT
 _AT_ONCE = 8
 """Webhooks that are under way to one customer from one process."""
 
-_CONNECTIONS = 4
-"""To PostgreSQL, for all of them together."""
+_LOOKING, _SENDING = 2, 4
+"""Connections to PostgreSQL of those who see whether it is their turn, and of those whose turn it is."""
 
 _SLOW, _SLOW_AT_ONCE = 2.0, 2
 """Seconds that attempts take where there are fewer places."""
@@ -98,14 +98,14 @@ class Deliverer:
         self._db = db
         self._sender = sender
         self._lanes: dict[UUID, Lane] = {}
-        # Many are under way, and requests need connections, too.
-        self._desk = asyncio.Semaphore(_CONNECTIONS)
+        # Many are under way, and requests need connections, too. Those who only look do not hold up those who send.
+        self._looks, self._desk = asyncio.Semaphore(_LOOKING), asyncio.Semaphore(_SENDING)
 
     async def deliver(self, subject: str) -> float | None:
         """Sends a delivery if it is due; seconds until it is to be looked at again, None when it is done with."""
         delivery_id = UUID(subject)
         while True:
-            async with self._desk, self._db.connect() as conn:
+            async with self._looks, self._db.connect() as conn:
                 waiting = await _waiting(conn, delivery_id)
             if waiting is None:
                 return None

@@ -15,6 +15,9 @@ _AT_ONCE = 256
 """Names that are looked up at a time; a thread stays with one for as long as its name server takes."""
 
 
+_TOO_MANY = "too many names are being looked up"
+
+
 class Nowhere(Exception):
     """A name that leads nowhere, or of which that cannot be found out now."""
 
@@ -29,7 +32,7 @@ class Names:
         """The addresses of a name, in the order in which they should be tried; raises Nowhere."""
         if host not in self._asked:
             if len(self._asked) >= _AT_ONCE:
-                raise Nowhere("too many names are being looked up")
+                raise Nowhere(_TOO_MANY)
             self._ask(host)
         # Whoever gives up leaves the others waiting.
         return list(await asyncio.shield(self._asked[host]))
@@ -56,7 +59,12 @@ class Names:
                 loop.call_soon_threadsafe(settle, result)
 
         # A daemon: a process that leaves does not wait for a name server.
-        threading.Thread(target=work, name="names", daemon=True).start()
+        thread = threading.Thread(target=work, name="names", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more of them
+            del self._asked[host]
+            raise Nowhere(_TOO_MANY) from None
 
 
 def look_up(host: str) -> list[Address]:

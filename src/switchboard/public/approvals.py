@@ -53,6 +53,7 @@ class DecisionOut(Camel):
     execution_id: UUID
     status: Literal["approved", "rejected"]
     message: str
+    approval_id: UUID = Field(description="The request that this is about.")
 
 
 async def _decision_body(request: Request) -> Any:
@@ -145,7 +146,12 @@ async def _decide(
     if not isinstance(outcome, Decided):
         assert isinstance(outcome, Undecided)  # noqa: S101  # nothing else comes of a decision
         raise _REFUSALS[outcome]
-    return DecisionOut(execution_id=execution.id, status=verdict.value, message=_MESSAGES[verdict])
+    return DecisionOut(
+        execution_id=execution.id,
+        status=verdict.value,
+        message=_MESSAGES[verdict],
+        approval_id=outcome.approval_id,
+    )
 
 
 def _uuid(text: str | None) -> UUID | None:

@@ -87,7 +87,8 @@ async def _meant(conn: AsyncConnection, decision: Decision) -> Row[Any] | None:
     if pending is None:
         return last
     # Who repeats a decision, because its answer was lost, must not decide the next question, which they have not seen.
-    return pending if last is None or pending.shown_at is not None else last
+    repeated = last is not None and last.status == decision.verdict and pending.shown_at is None
+    return last if repeated else pending
 
 
 _DECIDED = frozenset({ApprovalStatus.APPROVED, ApprovalStatus.REJECTED})

@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 
 import structlog
-from sqlalchemy import ColumnElement, Float, Select, cast, exists, extract, func, literal_column, select
+from sqlalchemy import ColumnElement, Float, Select, and_, cast, exists, extract, func, literal_column, or_, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard.events import NewEvent
@@ -100,7 +100,14 @@ _WATCH: Select[tuple[str, bool, float, float, int, bool, bool]] = select(
     func.coalesce(_NEWEST.c.id, 0).label("newest_event"),
     exists().where(run_records.c.run_id == agent_runs.c.run_id).label("kept"),
     exists()
-    .where(approvals.c.run_id == agent_runs.c.run_id, approvals.c.status == ApprovalStatus.PENDING)
+    .where(
+        approvals.c.run_id == agent_runs.c.run_id,
+        # Or it was decided, and HappyRobot is still being told.
+        or_(
+            approvals.c.status == ApprovalStatus.PENDING,
+            and_(approvals.c.status == ApprovalStatus.APPROVED, approvals.c.told_at.is_(None)),
+        ),
+    )
     .label("waits"),
 ).select_from(agent_runs.outerjoin(_NEWEST, literal_column("true")))
 

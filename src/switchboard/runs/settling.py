@@ -104,7 +104,7 @@ async def _change(conn: AsyncConnection, changed: Sequence[_Execution]) -> Mappi
         .table_valued("id", "status", "approval_status")
         .render_derived("new")
     )
-    now = func.clock_timestamp()
+    now = func.statement_timestamp()  # the same wherever it stands, and after those of the turns before
     over = cast(new.c.status, Text).in_(list(_OVER))
     same = executions.c.status == new.c.status
     rows = await conn.execute(

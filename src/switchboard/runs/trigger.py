@@ -21,7 +21,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from switchboard.access.callers import Caller
 from switchboard.access.quotas import count_one, require_room
 from switchboard.bodies import Id, ShortText, Text
-from switchboard.errors import Conflict, ErrorOut, Forbidden, NotConfigured, NotFound, TriggerFailed, Unprocessable
+from switchboard.errors import (
+    Conflict,
+    ErrorOut,
+    Forbidden,
+    NotConfigured,
+    NotFound,
+    TriggerFailed,
+    Unprocessable,
+    will_pass,
+)
 from switchboard.executions import COLUMNS
 from switchboard.happyrobot.client import HappyRobot, HappyRobotError, Unknown
 from switchboard.runs.ingest import DEFAULT_NAME
@@ -263,7 +272,7 @@ async def _record(intake: Intake, runs: NewRuns, patience: float) -> None:
         try:
             await intake.take(runs)
         except (SQLAlchemyError, OSError) as error:
-            if time.monotonic() + pause > deadline:
+            if not will_pass(error) or time.monotonic() + pause > deadline:
                 raise _not_recorded(runs, error) from error
             try:
                 await asyncio.sleep(pause)
