@@ -600,9 +600,9 @@ async def test_nobody_is_told_for_ever_who_says_that_there_is_nothing_to_decide(
 
 async def test_a_decision_without_an_address_waits_for_one(desk: Desk, servers: Servers):
     """The callback named none that may be used; an operator gives the workflow an approval hook."""
-    execution_id = await desk.website.execute(
-        {"simulate": {"approval": True, "faults": "silent"}}, workflow=await hooked(desk, None)
-    )
+    workflow_id = await hooked(desk, None)
+    given = {"simulate": {"approval": True, "faults": "silent"}}
+    execution_id = await desk.website.execute(given, workflow=workflow_id)
     await desk.website.until(execution_id, "running")
     run_id = desk.run_of(execution_id).id
     await desk.service.callback(run_id, "pending_approval", {"rows": []}, resume_url="https://evil.example/resume")
