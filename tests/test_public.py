@@ -498,6 +498,24 @@ async def test_nobody_is_called_for_what_is_old_or_whose_key_was_revoked(
     assert simulator.calls == []
 
 
+async def test_a_worker_that_does_not_know_the_hook_leaves_it_to_one_that_does(own_database: str, servers: Servers):
+    simulator = Simulator(hook_key=HOOK_KEY, api_key=API_KEY, pace=0.002)
+    async with serving(lambda _: simulator.app) as (upstream, _):
+        settings = settings_for(own_database, servers.redis_url, upstream)
+        async with running_service(settings) as service:
+            website = await new_website(service, service.state["db"])
+            execution_id = await website.execute()
+            knows_none = settings.model_copy(update={"happyrobot_webhook_url": None})
+            async with running_service(knows_none) as other:
+                state = other.state
+                launcher = Launcher(knows_none, state["db"], state["happyrobot"], state["intake"])
+                assert await launcher.start(execution_id) == 2
+            assert (await website.status(execution_id))["status"] == "pending"
+            async with running_service(settings, worker=True):
+                await website.until(execution_id, "running", "completed")
+    assert len(simulator.calls) == 1
+
+
 async def error_of(db: AsyncEngine, execution_id: str) -> str:
     """Why an execution has failed, once it has."""
     query = select(executions.c.status, executions.c.error).where(executions.c.id == execution_id)

@@ -21,7 +21,7 @@ from switchboard.runs.trigger import NewExecution, answer_by, place, store
 from switchboard.sealing import SealBroken, SecretMissing
 from switchboard.settings import Settings
 from switchboard.tables import ExecutionStatus, executions
-from switchboard.workflows import Workflow, find
+from switchboard.workflows import DEFAULT_WORKFLOW, Workflow, default, find
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -30,6 +30,9 @@ MOST_ROWS = 100
 
 _LATE = 300.0
 """Seconds after which an execution may be too old to be started; `STALE_AFTER` if that is longer."""
+
+_FOR_OTHERS = 2.0
+"""Seconds for which an execution is left to other workers."""
 
 _PATIENCE = 900.0
 """Seconds for which PostgreSQL may be away while runs are recorded: nobody waits for an answer here."""
@@ -86,28 +89,46 @@ class Launcher:
         self._happyrobot = happyrobot
         self._intake = intake
 
-    async def start(self, subject: str) -> None:
-        """Starts an execution, unless somebody has begun to: then its call may be placed."""
+    async def start(self, subject: str) -> float | None:
+        """Starts an execution, unless somebody has begun to: then its call may be placed.
+
+        Seconds until it is to be looked at again where it is not for this worker.
+        """
         async with self._db.begin() as conn:
             execution = await _waiting(conn, UUID(subject))
             if execution is None:
-                return
+                return None
+            if self._is_for_others(execution):
+                log.error("HAPPYROBOT_WEBHOOK_URL is not set for this worker", execution_id=execution.id)
+                return _FOR_OTHERS
             workflow = await self._workflow(conn, execution)
             if isinstance(workflow, Workflow):
                 claim = update(executions).where(executions.c.id == execution.id)
                 await conn.execute(claim.values(answer_by=answer_by(self._settings)))
         if not isinstance(workflow, Workflow):
             await self._intake.take(Unconfirmed(execution.id, ExecutionStatus.FAILED, workflow))
-            return
+            return None
         name = workflow.name or DEFAULT_NAME
         runs = NewRuns(execution.id, workflow.id, execution.context_id, name, execution.description, ())
         body = payload(execution.input, execution.context_id)
         with contextlib.suppress(TriggerFailed):  # it is written down, or is found by the sweep; whoever asks is told
             await place(self._happyrobot, self._intake, self._settings, workflow, runs, body, patience=_PATIENCE)
+        return None
+
+    def _is_for_others(self, execution: Row[Any]) -> bool:
+        """Whether this worker was not told how to start what whoever accepted it could have started."""
+        return (
+            execution.workflow_id == DEFAULT_WORKFLOW
+            and default(self._settings) is None
+            and not self._is_late(execution)
+        )
+
+    def _is_late(self, execution: Row[Any]) -> bool:
+        return bool(execution.waited > max(self._settings.stale_after, _LATE))
 
     async def _workflow(self, conn: AsyncConnection, execution: Row[Any]) -> Workflow | str:
         """What is to be started, or why it cannot be."""
-        if execution.waited > max(self._settings.stale_after, _LATE):
+        if self._is_late(execution):
             return "It could not be started in time"  # nobody wants to be called in the middle of the night
         key = None if execution.key_id is None else await keys.get(conn, execution.key_id)
         if key is not None and not key.active:
