@@ -27,6 +27,7 @@ from switchboard.errors import PUBLIC, PostgresAway
 from switchboard.executions import RunEnd, error, output, word
 from switchboard.happyrobot.client import Hook
 from switchboard.happyrobot.simulator import Call, Simulator
+from switchboard.public import executions as public_executions
 from switchboard.runs import trigger
 from switchboard.runs.queued import Launcher
 from switchboard.runs.sorting import NewRuns, News, Outcome
@@ -376,6 +377,19 @@ async def test_what_is_not_there_is_said_in_the_contracts_shape(house: House, we
             assert answer.status_code == status
             assert answer.headers["x-ratelimit-limit"] == "1000000"
             assert method == "HEAD" or refusal(answer)
+
+
+async def test_an_error_of_our_own_has_the_contracts_shape_and_says_nothing(
+    website: Website, monkeypatch: pytest.MonkeyPatch
+):
+    async def fail(*_: object) -> None:
+        raise RuntimeError("what nobody should read")
+
+    execution_id = await website.execute()
+    monkeypatch.setattr(public_executions, "ends_of", fail)
+    answer = await website.get(f"/executions/{execution_id}/status")
+    assert refusal(answer) == (500, "Internal server error")
+    assert "nobody" not in answer.text
 
 
 # Keys

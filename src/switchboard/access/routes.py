@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from switchboard.access.callers import COOKIE, Bearer, Caller, CurrentSigner, Issuer, Known
 from switchboard.access.tokens import BrowserToken, Right
-from switchboard.bodies import Id, JsonBody, check
+from switchboard.bodies import Id, JsonBody, body_of, check
 from switchboard.errors import BadRequest, NotConfigured, Unauthorized, described
 from switchboard.events import Timestamp
 from switchboard.settings import CurrentSettings, Settings
@@ -55,12 +55,7 @@ class SessionOut(BaseModel):
     "/tokens",
     summary="Make a browser token",
     responses=described(400, 401, 403, 408, 409, 413, 429),
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": TokenIn.model_json_schema()}},
-        }
-    },
+    openapi_extra=body_of(TokenIn),
 )
 async def make_token(caller: Issuer, signer: CurrentSigner, body: JsonBody) -> TokenOut:
     """For a browser that is to see its own contexts and nothing else. It is your backend that asks, with its API key.

@@ -8,13 +8,13 @@ from pydantic import ConfigDict, Field
 
 from switchboard import bodies
 from switchboard.access.callers import Customer
-from switchboard.bodies import Text, check
+from switchboard.bodies import Text, body_of, check
 from switchboard.database import Db
 from switchboard.errors import PUBLIC, BadRequest, Conflict
 from switchboard.events import Timestamp
 from switchboard.executions import approval_data
 from switchboard.public.executions import ExecutionId, find
-from switchboard.public.shapes import Camel, body_of, refusals
+from switchboard.public.shapes import Camel, refusals
 from switchboard.runs.approvals import show
 from switchboard.runs.intake import CurrentIntake, Intake
 from switchboard.runs.sorting import Decided, Decision, Undecided

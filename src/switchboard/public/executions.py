@@ -10,12 +10,12 @@ from sqlalchemy import Row, Select, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.access.callers import Caller, Customer
-from switchboard.bodies import Id, JsonBody, Text, check
+from switchboard.bodies import Id, JsonBody, Text, body_of, check
 from switchboard.database import Db
 from switchboard.errors import PUBLIC, NotFound
 from switchboard.events import Timestamp
 from switchboard.executions import COLUMNS, Told, Word, ends_of
-from switchboard.public.shapes import Camel, body_of, refusals
+from switchboard.public.shapes import Camel, refusals
 from switchboard.runs.queued import MOST_ROWS, accept, rows_cut
 from switchboard.runs.trigger import IdempotencyKey
 from switchboard.settings import CurrentSettings

@@ -1,7 +1,5 @@
 """What the Public API's endpoints have in common: names in camelCase, and how they refuse."""
 
-from typing import Any
-
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
@@ -26,9 +24,3 @@ class Camel(BaseModel):
 def refusals(*statuses: int) -> Responses:
     """The errors of an endpoint; those of keys and limits are everybody's."""
     return described(*sorted({401, 403, 429, *statuses}), model=PublicErrorOut)
-
-
-def body_of(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
-    """An endpoint's body, for the OpenAPI document: it is read by our own strict reader, and not by FastAPI."""
-    schema = model.model_json_schema()
-    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}

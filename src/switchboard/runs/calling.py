@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import HTTPConnection
 
 from switchboard.access.callers import Caller, Reader, Starter
-from switchboard.bodies import Id, JsonBody, check
+from switchboard.bodies import Id, JsonBody, body_of, check
 from switchboard.database import Db
 from switchboard.errors import described
 from switchboard.events import Timestamp
@@ -67,12 +67,7 @@ async def _canceler(connection: HTTPConnection) -> Canceler:
     summary="Start a workflow",
     responses=described(400, 401, 403, 404, 408, 409, 413, 422, 429)
     | {502: {"model": UnconfirmedOut, "description": "HappyRobot did not confirm it; `status` says what that means."}},
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": TriggerIn.model_json_schema()}},
-        }
-    },
+    openapi_extra=body_of(TriggerIn),
 )
 async def trigger(
     db: Db,
@@ -113,7 +108,7 @@ async def status(
     run = await _find(db, caller, run_id)
     source: Literal["happyrobot", "database"] = "database"
     standing = Standing(RunStatus(run.status), run.timed_out)
-    if not standing.over or standing.timed_out:
+    if not standing.settled:
         answer = await lookups.ask(run_id, POLL)
         if answer.status is not None:
             source = "happyrobot"

@@ -15,7 +15,7 @@ from switchboard.runs.intake import Intake
 from switchboard.runs.queries import find_run, found
 from switchboard.runs.status import Standing
 from switchboard.sight import EVERYTHING, Sight
-from switchboard.tables import FINAL, RunStatus
+from switchboard.tables import RunStatus
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -70,7 +70,7 @@ class Canceler:
         """Asks once more; seconds until the next attempt, None when there is no use in one."""
         async with self._db.connect() as conn:
             run = await find_run(conn, run_id, EVERYTHING)
-        if run is None or (RunStatus(run.status) in FINAL and not run.timed_out):
+        if run is None or Standing(RunStatus(run.status), run.timed_out).settled:
             return None
         if attempt >= _ATTEMPTS:
             log.error("run is not canceled; HappyRobot does not answer", run_id=run_id)
@@ -99,5 +99,5 @@ class Canceler:
 
     @staticmethod
     def _refuse_if_over(standing: Standing) -> None:
-        if standing.over and not standing.timed_out:
+        if standing.settled:
             raise Conflict(f"Run is already {standing.status.lower()}", status=standing.status.lower())

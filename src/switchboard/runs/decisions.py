@@ -10,9 +10,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from switchboard.events import iso
 from switchboard.happyrobot.addresses import may_decide_at, takes_hook_key
 from switchboard.happyrobot.client import HappyRobot, Hook, NoAnswer, Refused
+from switchboard.runs.status import Standing
 from switchboard.sealing import SealBroken, SecretMissing
 from switchboard.settings import Settings
-from switchboard.tables import FINAL, ApprovalStatus, RunStatus, agent_runs, approvals
+from switchboard.tables import ApprovalStatus, RunStatus, agent_runs, approvals
 from switchboard.workflows import Workflow, find
 
 log = structlog.stdlib.get_logger(__name__)
@@ -111,7 +112,7 @@ async def _decided(conn: AsyncConnection, approval_id: UUID) -> Row[Any] | None:
 
 def _is_over(approval: Row[Any]) -> bool:
     """Whether nobody waits for the decision any more; a run that only we hold for dead may."""
-    return RunStatus(approval.run_status) in FINAL and not approval.timed_out
+    return Standing(RunStatus(approval.run_status), approval.timed_out).settled
 
 
 def _body(approval: Row[Any]) -> dict[str, Any]:

@@ -112,8 +112,9 @@ async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after:
     moved = [run for run in runs.values() if run.changed]
     await _move_runs(conn, moved)
     asked = await approvals.record(conn, sorting.requests)
+    settled = [run.run_id for run in moved if run.now.settled]
     # Not for one that only we hold for dead: somebody may be taking their time.
-    await approvals.withdraw_for(conn, [run.run_id for run in moved if run.now.over and not run.now.timed_out])
+    await approvals.withdraw_for(conn, settled)
     touched = {
         *(run.execution_id for run in moved if run.execution_id is not None),
         *(start.execution_id for start in starts),
@@ -128,13 +129,12 @@ async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after:
         [run.run_id for run in runs.values() if run.run_id in spoke and run.oversleeps],
         reconcile_after,
     )
-    ended = [run.run_id for run in moved if run.now.over and not run.now.timed_out]
     await enqueue(
         conn,
         [
             *(Job(RECONCILE, event.run_id, reconcile_after) for event in beginnings),
             *sorting.jobs,
-            *(Job(CHECK, run_id, _SETTLES_IN) for run_id in ended),
+            *(Job(CHECK, run_id, _SETTLES_IN) for run_id in settled),
             *verdicts.jobs,
             *told,
         ],

@@ -155,7 +155,7 @@ class Reconciler:
         return pause if now is not None and now.standing.over else None
 
     async def _look(self, run_id: str, watch: Watch, *, anew: bool) -> float | None:
-        if watch.standing.over and not watch.standing.timed_out:
+        if watch.standing.settled:
             return await self._fetch_record(run_id, watch)
         heard = False
         if self._happyrobot.can_be_asked:
@@ -168,7 +168,7 @@ class Reconciler:
         after = await _watch(self._db, run_id)
         if after is None or (pause := self._patience.pause(after)) is None:
             return None
-        if after.standing.over and not after.standing.timed_out:
+        if after.standing.settled:
             return 0.0  # for its record
         return max(jittered(pause), 0.1)
 

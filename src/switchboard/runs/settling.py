@@ -134,5 +134,5 @@ async def _stop_rejected(conn: AsyncConnection, found: Sequence[_Execution]) -> 
         Job(CANCEL, run_id, _TO_STOP if run_id in told else 0.0)
         for each in rejected
         for run_id, run in each.runs.items()
-        if not run.over or run.timed_out
+        if not run.settled
     ]

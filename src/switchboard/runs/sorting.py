@@ -157,7 +157,7 @@ class Run:
     @property
     def unsettled(self) -> bool:
         """Whether HappyRobot may have something to say that we do not know: it is not over, or only by our guess."""
-        return not self.now.over or self.now.timed_out
+        return not self.now.settled
 
     @property
     def oversleeps(self) -> bool:

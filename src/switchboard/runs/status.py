@@ -25,6 +25,11 @@ class Standing:
     def over(self) -> bool:
         return self.status in FINAL
 
+    @property
+    def settled(self) -> bool:
+        """Whether it is over, and not only by our guess."""
+        return self.over and not self.timed_out
+
 
 def timed_out(current: Standing) -> Standing:
     """Where a run stands once we have given up waiting."""
