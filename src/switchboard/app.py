@@ -9,10 +9,11 @@ from fastapi import FastAPI
 
 from switchboard import __version__, callbacks, edge, errors, logs, reference
 from switchboard.access import routes as access
+from switchboard.deliveries import routes as deliveries
 from switchboard.live import stream
 from switchboard.public import routes as public
 from switchboard.public.shapes import RATE_HEADERS
-from switchboard.runs import calling, reading
+from switchboard.runs import calling, deciding, reading, stats
 from switchboard.settings import Settings
 from switchboard.wiring import State, addresses, connected
 from switchboard.worker import working
@@ -47,6 +48,9 @@ def create_app(
     edge.install(app, settings)
     app.include_router(calling.router)
     app.include_router(reading.router)
+    app.include_router(stats.router)
+    app.include_router(deciding.router)
+    app.include_router(deliveries.router)
     app.include_router(callbacks.router)
     app.include_router(stream.router)
     app.include_router(access.router)

@@ -43,6 +43,12 @@ _cookie = APIKeyCookie(
 
 _ALL_RIGHTS = frozenset(Right)
 
+_RIGHTS = {
+    KeyScope.APP: frozenset({Right.READ, Right.TRIGGER, Right.DECIDE}),
+    KeyScope.ADMIN: _ALL_RIGHTS,
+    KeyScope.PUBLIC: frozenset[Right](),  # those of the Public API are its own
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -159,7 +165,7 @@ async def _require_good(db: AsyncEngine, key: ApiKey) -> None:
 
 
 def _rights(key: ApiKey) -> frozenset[Right]:
-    return _ALL_RIGHTS if key.scopes & {KeyScope.APP, KeyScope.ADMIN} else frozenset()
+    return frozenset().union(*(_RIGHTS[scope] for scope in key.scopes))
 
 
 async def _with_token(db: AsyncEngine, settings: Settings, signer: Signer | None, text: str) -> Caller:
@@ -211,9 +217,9 @@ def _with(right: Right) -> Callable[..., Awaitable[Caller]]:
     return allowed
 
 
-async def _with_all_rights(caller: Known) -> Caller:
+async def _of_a_backend(caller: Known) -> Caller:
     # A token gives no tokens: nobody could ever be sent away.
-    if caller.token is not None or caller.rights != _ALL_RIGHTS:
+    if caller.token is not None or Right.READ not in caller.rights:
         raise Forbidden("Only an API key of an app is allowed to do that")
     return caller
 
@@ -224,7 +230,13 @@ Reader = Annotated[Caller, Depends(_with(Right.READ))]
 Starter = Annotated[Caller, Depends(_with(Right.TRIGGER))]
 """Somebody who may start workflows and stop runs, those of `sight`."""
 
-Issuer = Annotated[Caller, Depends(_with_all_rights)]
+Decider = Annotated[Caller, Depends(_with(Right.DECIDE))]
+"""Somebody who may approve and reject what runs of `sight` ask for."""
+
+Operator = Annotated[Caller, Depends(_with(Right.OPERATE))]
+"""Somebody who looks after the installation."""
+
+Issuer = Annotated[Caller, Depends(_of_a_backend)]
 """Somebody who may let browsers in."""
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from switchboard.access.callers import COOKIE, Bearer, Caller, CurrentSigner, Issuer, Known
 from switchboard.access.tokens import BrowserToken, Right
 from switchboard.bodies import Id, JsonBody, body_of, check
-from switchboard.errors import BadRequest, NotConfigured, Unauthorized, described
+from switchboard.errors import BadRequest, Forbidden, NotConfigured, Unauthorized, described
 from switchboard.events import Timestamp
 from switchboard.settings import CurrentSettings, Settings
 
@@ -22,6 +22,9 @@ _LONGEST = 3_500
 """Characters of a token: with its name it has to fit into a cookie, of which browsers take 4,096."""
 
 
+Scope = Literal["read", "trigger", "decide", "operate"]
+
+
 class TokenIn(BaseModel):
     """What a browser is to be let in for."""
 
@@ -30,8 +33,10 @@ class TokenIn(BaseModel):
     context_ids: Annotated[list[Id], Field(min_length=1, max_length=100)] | Literal["*"] = Field(
         description='The contexts that it may see, or `"*"` for all.', examples=[["order_123"]]
     )
-    scopes: Annotated[list[Literal["read", "trigger"]], Field(min_length=1)] = Field(
-        ["read"], description="`read` sees runs and follows them, `trigger` starts and stops them."
+    scopes: Annotated[list[Scope], Field(min_length=1)] = Field(
+        ["read"],
+        description="`read` sees runs and follows them, `trigger` starts and stops them, `decide` approves and rejects "
+        "what they ask for, `operate` sees webhooks to customers and sends them again.",
     )
     expires_in: Annotated[int, Field(ge=1, le=_DAY)] = Field(
         _QUARTER_OF_AN_HOUR, description="Seconds; 24 hours at most."
@@ -51,6 +56,16 @@ class SessionOut(BaseModel):
     expires_at: Timestamp
 
 
+class CallerOut(BaseModel):
+    """Who is asking, and what they may."""
+
+    anonymous: bool = Field(description="Whether these are no credentials, and none are needed.")
+    name: str | None = Field(description="Of the API key, or of the one that gave the token.", examples=["Our app"])
+    scopes: list[Scope] = Field(examples=[["read", "trigger"]])
+    context_ids: list[str] | Literal["*"]
+    expires_at: Timestamp | None = Field(description="When that ends, if it does.")
+
+
 @router.post(
     "/tokens",
     summary="Make a browser token",
@@ -65,9 +80,12 @@ async def make_token(caller: Issuer, signer: CurrentSigner, body: JsonBody) -> T
     wanted = check(TokenIn, body)
     if signer is None:
         raise NotConfigured("APP_SECRET is not set")
+    rights = frozenset(map(Right, wanted.scopes))
+    if beyond := sorted(rights - caller.rights):
+        raise Forbidden(f"This API key cannot give what it has not: {', '.join(beyond)}")
     token = BrowserToken(
         contexts=None if wanted.context_ids == "*" else frozenset(wanted.context_ids),
-        rights=frozenset(map(Right, wanted.scopes)),
+        rights=rights,
         expires_at=_end(caller, wanted.expires_in),
         key_id=caller.key_id,
     )
@@ -75,6 +93,19 @@ async def make_token(caller: Issuer, signer: CurrentSigner, body: JsonBody) -> T
     if len(signed) > _LONGEST:
         raise BadRequest("context_ids: too long for one token")
     return TokenOut(token=signed, expires_at=token.expires_at)
+
+
+@router.get("/session", summary="Who am I?", responses=described(400, 401, 403, 429))
+async def read_session(caller: Known) -> CallerOut:
+    """What these credentials are good for; without any, whether that is enough here."""
+    contexts = caller.sight.contexts
+    return CallerOut(
+        anonymous=caller.key is None and caller.token is None,
+        name=None if caller.key is None else caller.key.name,
+        scopes=sorted(caller.rights),
+        context_ids="*" if contexts is None else sorted(contexts),
+        expires_at=caller.expires_at,
+    )
 
 
 @router.post("/session", summary="Keep a token as a cookie", responses=described(400, 401, 403, 429))

@@ -29,8 +29,10 @@ class TokenExpired(Exception):
 class Right(StrEnum):
     """What a browser token may be good for."""
 
-    READ = "read"  # see runs and follow them
+    READ = "read"  # see runs, follow them, see what they ask to have approved
     TRIGGER = "trigger"  # start workflows, and stop runs
+    DECIDE = "decide"  # approve and reject what runs ask for
+    OPERATE = "operate"  # look after the installation: webhooks to customers, metrics
 
 
 @dataclass(frozen=True, slots=True)

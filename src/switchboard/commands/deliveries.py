@@ -96,7 +96,7 @@ def _shown(delivery: Delivery) -> dict[str, Any]:
         "event": delivery.event,
         "status": delivery.status,
         "created_at": iso(delivery.created_at),
-        "next_attempt_at": None if delivery.due_at is None else iso(delivery.due_at),
+        "next_attempt_at": None if delivery.next_attempt_at is None else iso(delivery.next_attempt_at),
         "attempts": [
             {
                 "number": attempt.number,

@@ -6,11 +6,12 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import ARRAY, Row, Uuid, func, literal, select, true, update
+from sqlalchemy import ARRAY, Row, Select, Uuid, func, literal, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.jobs import DELIVER, Job, enqueue
-from switchboard.tables import DeliveryStatus, WebhookEvent, deliveries, delivery_attempts
+from switchboard.sight import EVERYTHING, Sight
+from switchboard.tables import DeliveryStatus, WebhookEvent, api_keys, deliveries, delivery_attempts, executions
 
 SHOWN = 20
 """Attempts of a delivery that are listed, and kept: the last ones."""
@@ -23,6 +24,7 @@ class Wanted:
     key_id: UUID | None = None
     status: DeliveryStatus | None = None
     execution_id: UUID | None = None
+    sight: Sight = EVERYTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +34,12 @@ class Delivery:
     id: UUID
     number: int
     key_id: UUID
+    key_name: str
     execution_id: UUID
     event: WebhookEvent
     status: DeliveryStatus
     created_at: datetime
-    due_at: datetime | None
+    next_attempt_at: datetime | None
     """When it is sent next; None for one that is done with."""
     attempts: Sequence[Row[Any]]
 
@@ -45,7 +48,8 @@ async def listed(conn: AsyncConnection, wanted: Wanted, *, limit: int, before: i
     """Deliveries, newest first; `before` is the number of the last one of the page before."""
     # Without the bodies, which may be large.
     query = (
-        select(*(column for column in deliveries.c if column is not deliveries.c.body))
+        select(*(column for column in deliveries.c if column is not deliveries.c.body), api_keys.c.name)
+        .join(api_keys, api_keys.c.id == deliveries.c.key_id)
         .order_by(deliveries.c.number.desc())
         .limit(limit)
     )
@@ -58,6 +62,7 @@ async def listed(conn: AsyncConnection, wanted: Wanted, *, limit: int, before: i
             query = query.where(column == value)
     if before is not None:
         query = query.where(deliveries.c.number < before)
+    query = _seen(query, wanted.sight)
     rows = (await conn.execute(query)).all()
     attempts = await _attempts(conn, [row.id for row in rows])
     return [
@@ -65,6 +70,7 @@ async def listed(conn: AsyncConnection, wanted: Wanted, *, limit: int, before: i
             row.id,
             row.number,
             row.key_id,
+            row.name,
             row.execution_id,
             WebhookEvent(row.event),
             DeliveryStatus(row.status),
@@ -74,6 +80,14 @@ async def listed(conn: AsyncConnection, wanted: Wanted, *, limit: int, before: i
         )
         for row in rows
     ]
+
+
+def _seen(query: Select[Any], sight: Sight) -> Select[Any]:
+    """Leaves out deliveries about executions that are not to be seen."""
+    if sight == EVERYTHING:
+        return query
+    query = query.join(executions, executions.c.id == deliveries.c.execution_id)
+    return sight.narrow(query, executions.c.context_id, executions.c.workflow_id)
 
 
 async def _attempts(conn: AsyncConnection, delivery_ids: Sequence[UUID]) -> dict[UUID, list[Row[Any]]]:
@@ -92,12 +106,15 @@ async def _attempts(conn: AsyncConnection, delivery_ids: Sequence[UUID]) -> dict
     return found
 
 
-async def send_again(conn: AsyncConnection, delivery_id: UUID, *, key_id: UUID | None = None) -> DeliveryStatus | None:
+async def send_again(
+    conn: AsyncConnection, delivery_id: UUID, sight: Sight = EVERYTHING, *, key_id: UUID | None = None
+) -> DeliveryStatus | None:
     """Sends a delivery again, as often as a new one; returns where it stood before, None if there is none of this id.
 
     One that is still to be sent stays as it is. With `key_id`, another key's does not exist.
     """
-    query = select(deliveries.c.status).where(deliveries.c.id == delivery_id).with_for_update()
+    query = select(deliveries.c.status).where(deliveries.c.id == delivery_id).with_for_update(of=deliveries)
+    query = _seen(query, sight)
     if key_id is not None:
         query = query.where(deliveries.c.key_id == key_id)
     before = await conn.scalar(query)

@@ -1,28 +1,26 @@
 """`/api/v1/public/executions/{id}`: what is to be approved, and deciding it."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter
 from pydantic import ConfigDict, Field
 
-from switchboard import bodies
 from switchboard.access.callers import Customer
 from switchboard.bodies import Text, body_of, check
 from switchboard.database import Db
-from switchboard.errors import PUBLIC, BadRequest, Conflict
+from switchboard.errors import PUBLIC, Conflict
 from switchboard.events import Timestamp
 from switchboard.executions import approval_data
 from switchboard.public.executions import ExecutionId, find
 from switchboard.public.shapes import Camel, refusals
 from switchboard.runs.approvals import show
+from switchboard.runs.deciding import NOTHING_PENDING, DecisionBody, Verdict, decide
 from switchboard.runs.intake import CurrentIntake, Intake
-from switchboard.runs.sorting import Decided, Decision, Undecided
+from switchboard.runs.sorting import Decision
 from switchboard.tables import ApprovalStatus
 
 router = APIRouter(prefix=PUBLIC)
-
-_NOTHING_PENDING = "Execution is not waiting for approval"
 
 
 class PendingOut(Camel):
@@ -56,15 +54,6 @@ class DecisionOut(Camel):
     approval_id: UUID = Field(description="The request that this is about.")
 
 
-async def _decision_body(request: Request) -> Any:
-    raw = await bodies.read(request)
-    return bodies.parse(raw) if raw else {}
-
-
-# The body may be missing: there need not be anything to say.
-_DecisionBody = Annotated[Any, Depends(_decision_body)]
-
-
 @router.get("/executions/{id}/pending-approval", summary="Get what is to be approved", responses=refusals(404, 409))
 async def pending_approval(db: Db, caller: Customer, execution_id: ExecutionId) -> PendingOut:
     """What an execution waits for. 409 if there is nothing to decide."""
@@ -72,7 +61,7 @@ async def pending_approval(db: Db, caller: Customer, execution_id: ExecutionId) 
         execution = await find(conn, caller, execution_id)
         approval = await show(conn, execution.id)
     if approval is None:
-        raise Conflict(_NOTHING_PENDING)
+        raise Conflict(NOTHING_PENDING)
     return PendingOut(
         id=execution.id,
         workflow_id=execution.workflow_id,
@@ -94,7 +83,7 @@ async def approve(
     intake: CurrentIntake,
     caller: Customer,
     execution_id: ExecutionId,
-    body: _DecisionBody,
+    body: DecisionBody,
 ) -> DecisionOut:
     """Lets an execution continue. The first decision counts: the same again is answered alike, the opposite 409."""
     return await _decide(db, intake, caller, execution_id, body, ApprovalStatus.APPROVED)
@@ -111,7 +100,7 @@ async def reject(
     intake: CurrentIntake,
     caller: Customer,
     execution_id: ExecutionId,
-    body: _DecisionBody,
+    body: DecisionBody,
 ) -> DecisionOut:
     """Stops an execution, and all of its calls that are under way. The first decision counts."""
     return await _decide(db, intake, caller, execution_id, body, ApprovalStatus.REJECTED)
@@ -122,12 +111,6 @@ _MESSAGES = {
     ApprovalStatus.REJECTED: "Execution rejected and stopped",
 }
 
-_REFUSALS = {
-    Undecided.NOTHING_PENDING: Conflict(_NOTHING_PENDING),
-    Undecided.OTHERWISE: Conflict("Execution was decided the other way"),
-    Undecided.NEEDS_COMMENT: BadRequest("comment required"),
-}
-
 
 async def _decide(
     db: Db,
@@ -135,22 +118,19 @@ async def _decide(
     caller: Customer,
     execution_id: str,
     body: Any,
-    verdict: Literal[ApprovalStatus.APPROVED, ApprovalStatus.REJECTED],
+    verdict: Verdict,
 ) -> DecisionOut:
     decision = check(DecisionIn, body)
     async with db.connect() as conn:
         execution = await find(conn, caller, execution_id)
-    outcome = await intake.take(
-        Decision(execution.id, verdict, decision.comment, _uuid(decision.approval_id), caller.key_id)
+    decided = await decide(
+        intake, Decision(execution.id, verdict, decision.comment, _uuid(decision.approval_id), caller.key_id)
     )
-    if not isinstance(outcome, Decided):
-        assert isinstance(outcome, Undecided)  # noqa: S101  # nothing else comes of a decision
-        raise _REFUSALS[outcome]
     return DecisionOut(
         execution_id=execution.id,
         status=verdict.value,
         message=_MESSAGES[verdict],
-        approval_id=outcome.approval_id,
+        approval_id=decided.approval_id,
     )
 
 
@@ -158,4 +138,4 @@ def _uuid(text: str | None) -> UUID | None:
     try:
         return None if text is None else UUID(text)
     except ValueError:
-        raise Conflict(_NOTHING_PENDING) from None
+        raise Conflict(NOTHING_PENDING) from None

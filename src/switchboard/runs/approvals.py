@@ -10,14 +10,15 @@ from typing import Any
 from uuid import UUID
 
 from pydantic_core import to_json
-from sqlalchemy import ARRAY, Row, String, Uuid, any_, func, insert, literal, select, update
+from sqlalchemy import ARRAY, Row, Select, String, Uuid, any_, func, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.events import NewEvent
 from switchboard.executions import requires_comment
 from switchboard.jobs import DECIDE, Job
 from switchboard.runs.sorting import Decided, Decision, Request, Undecided
-from switchboard.tables import FINAL, ApprovalStatus, agent_runs, approvals
+from switchboard.sight import Sight
+from switchboard.tables import FINAL, ApprovalStatus, agent_runs, approvals, executions
 
 _is_pending = approvals.c.status == ApprovalStatus.PENDING
 
@@ -106,6 +107,51 @@ async def show(conn: AsyncConnection, execution_id: UUID) -> Row[Any] | None:
     found: Row[Any] | None = (await conn.execute(query.order_by(approvals.c.number).limit(1))).one_or_none()
     if found is not None and found.shown_at is None:
         await conn.execute(update(approvals).where(approvals.c.id == found.id).values(shown_at=func.now()))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which requests somebody wants to see; None narrows nothing."""
+
+    status: ApprovalStatus
+    context_id: str | None = None
+
+
+_REQUESTS: Select[Any] = select(approvals, executions.c.context_id, executions.c.workflow_id).join(
+    executions, executions.c.id == approvals.c.execution_id
+)
+
+
+def _seen(sight: Sight) -> Select[Any]:
+    return sight.narrow(_REQUESTS, executions.c.context_id, executions.c.workflow_id)
+
+
+async def listed(
+    conn: AsyncConnection, wanted: Wanted, sight: Sight, *, limit: int, after: int | None = None
+) -> Sequence[Row[Any]]:
+    """Requests that are to be seen: what waits, the oldest first; others, the newest first.
+
+    `after` is the number of the last one of the page before.
+    """
+    query = _seen(sight).where(approvals.c.status == wanted.status).limit(limit)
+    waits = wanted.status is ApprovalStatus.PENDING
+    query = query.order_by(approvals.c.number if waits else approvals.c.number.desc())
+    if wanted.context_id is not None:
+        query = query.where(executions.c.context_id == wanted.context_id)
+    if after is not None:
+        query = query.where(approvals.c.number > after if waits else approvals.c.number < after)
+    rows: Sequence[Row[Any]] = (await conn.execute(query)).all()
+    return rows
+
+
+async def find(conn: AsyncConnection, approval_id: str, sight: Sight) -> Row[Any] | None:
+    """One request; None also where it is not to be seen."""
+    try:
+        query = _seen(sight).where(approvals.c.id == UUID(approval_id))
+    except ValueError:
+        return None
+    found: Row[Any] | None = (await conn.execute(query)).one_or_none()
     return found
 
 

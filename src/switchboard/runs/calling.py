@@ -25,6 +25,7 @@ from switchboard.runs.status import Standing, advance
 from switchboard.runs.trigger import IdempotencyKey, TriggerIn, TriggerOut, UnconfirmedOut, start
 from switchboard.settings import CurrentSettings
 from switchboard.tables import RunStatus
+from switchboard.workflows import default, listed
 
 router = APIRouter(prefix="/api/happyrobot", tags=["calls"])
 
@@ -49,6 +50,14 @@ class CancelOut(BaseModel):
     status: Literal["pending", "running", "completed", "failed", "canceled"] = Field(
         description="`canceled` once HappyRobot has confirmed it."
     )
+
+
+class WorkflowOut(BaseModel):
+    """A workflow that may be started."""
+
+    id: str = Field(examples=["default"])
+    name: str | None
+    active: bool = Field(description="Whether it can be started now.")
 
 
 class RecordingsOut(BaseModel):
@@ -85,6 +94,19 @@ async def trigger(
     the body is another.
     """
     return await start(db, happyrobot, intake, settings, caller, check(TriggerIn, body), body, idempotency_key)
+
+
+@router.get("/workflows", summary="List what can be started", responses=described(400, 401, 403, 429))
+async def list_workflows(db: Db, settings: CurrentSettings, caller: Reader) -> list[WorkflowOut]:
+    """`default` first, where it is there, then the others by id; those that are disabled say so."""
+    first = default(settings)
+    async with db.connect() as conn:
+        others = [workflow for workflow, _ in await listed(conn)]
+    return [
+        WorkflowOut(id=each.id, name=each.name, active=each.active)
+        for each in ([first] if first else []) + others
+        if caller.sight.workflows is None or each.id in caller.sight.workflows
+    ]
 
 
 @router.get(

@@ -118,13 +118,21 @@ def platform_link(settings: Settings, run: Row[Any]) -> str | None:
 
 async def find_run(conn: AsyncConnection, run_id: str, sight: Sight) -> Row[Any] | None:
     """One run's row, without its logs; None also where it is not to be seen."""
-    query = _seen(sight).where(agent_runs.c.run_id == run_id)
+    query = narrowed(_RUNS, Filter(), sight).where(agent_runs.c.run_id == run_id)
     run: Row[Any] | None = (await conn.execute(query)).one_or_none()
     return run
 
 
-def _seen(sight: Sight) -> Select[Any]:
-    return sight.narrow(_RUNS, agent_runs.c.context_id, agent_runs.c.workflow_id)
+def narrowed(query: Select[Any], wanted: Filter, sight: Sight) -> Select[Any]:
+    """Leaves out runs that are not wanted, or not to be seen."""
+    for column, value in (
+        (agent_runs.c.context_id, wanted.context_id),
+        (agent_runs.c.status, wanted.status),
+        (agent_runs.c.workflow_id, wanted.workflow_id),
+    ):
+        if value is not None:
+            query = query.where(column == value)
+    return sight.narrow(query, agent_runs.c.context_id, agent_runs.c.workflow_id)
 
 
 def found(run: Row[Any] | None) -> Row[Any]:
@@ -138,13 +146,7 @@ async def list_runs(
     conn: AsyncConnection, wanted: Filter, sight: Sight, *, limit: int, cursor: Cursor | None
 ) -> Sequence[Row[Any]]:
     """Runs that are to be seen, newest first, after the cursor; without their logs."""
-    query = _seen(sight).order_by(desc(agent_runs.c.created_at), desc(agent_runs.c.id)).limit(limit)
-    if wanted.context_id is not None:
-        query = query.where(agent_runs.c.context_id == wanted.context_id)
-    if wanted.status is not None:
-        query = query.where(agent_runs.c.status == wanted.status)
-    if wanted.workflow_id is not None:
-        query = query.where(agent_runs.c.workflow_id == wanted.workflow_id)
+    query = narrowed(_RUNS, wanted, sight).order_by(desc(agent_runs.c.created_at), desc(agent_runs.c.id)).limit(limit)
     if cursor is not None:
         query = query.where(tuple_(agent_runs.c.created_at, agent_runs.c.id) < tuple_(cursor.created_at, cursor.id))
     runs: Sequence[Row[Any]] = (await conn.execute(query)).all()

@@ -1,7 +1,6 @@
 """`/api/happyrobot/runs*`: what a frontend reads of what is stored."""
 
 from typing import Annotated, Any
-from urllib.parse import quote, urlencode
 from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -14,6 +13,7 @@ from switchboard.bodies import Id, ShortText
 from switchboard.database import Db
 from switchboard.errors import described
 from switchboard.events import Event, Scope, Timestamp, read_events
+from switchboard.pages import link_next
 from switchboard.runs.queries import Cursor, Filter, find_run, found, list_runs, metadata_of, platform_link
 from switchboard.settings import CurrentSettings, Settings
 from switchboard.tables import RunStatus
@@ -97,7 +97,7 @@ async def runs(
         page = rows[:limit]
         metadata = await metadata_of(conn, page)
     if len(rows) > limit:
-        _link_next(request, response, cursor=Cursor(page[-1].created_at, page[-1].id).encode())
+        link_next(request, response, cursor=Cursor(page[-1].created_at, page[-1].id).encode())
     return [_run_out(settings, run, metadata[run.run_id]) for run in page]
 
 
@@ -131,12 +131,5 @@ async def timeline(
         if not events:
             found(await find_run(conn, run_id, caller.sight))
     if len(events) > limit:
-        _link_next(request, response, after=events[limit - 1].id)
+        link_next(request, response, after=events[limit - 1].id)
     return list(events[:limit])
-
-
-def _link_next(request: Request, response: Response, **place: str | int) -> None:
-    # Relative, so that it is right behind any proxy. As it came, so that an id with a slash in it stays one.
-    path = quote(request.scope["raw_path"], safe="/%")
-    query = urlencode({**request.query_params, **place})
-    response.headers["Link"] = f'<{path}?{query}>; rel="next"'

@@ -1,0 +1,162 @@
+"""`/api/happyrobot/stats`: how many runs there were, how they ended, and how long they took."""
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+from sqlalchemy import ARRAY, Float, Row, Select, cast, extract, func, literal, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from switchboard.access.callers import Reader
+from switchboard.bodies import ShortText
+from switchboard.database import Db
+from switchboard.errors import described
+from switchboard.events import Timestamp
+from switchboard.runs.queries import Filter, narrowed
+from switchboard.sight import Sight
+from switchboard.tables import FINAL, RunStatus, agent_runs
+
+router = APIRouter(prefix="/api/happyrobot", tags=["runs"])
+
+_HOUR = timedelta(hours=1)
+
+_MONTH = 720
+"""Hours."""
+
+Counts = dict[RunStatus, int]
+
+
+class Durations(BaseModel):
+    """How long completed runs took, in seconds; null where there are none."""
+
+    runs: int = Field(description="So many of them.", examples=[118])
+    p50: float | None = Field(description="Half of them took no longer.", examples=[94.2])
+    p95: float | None = Field(description="All but one in twenty took no longer.", examples=[301.7])
+
+
+class HourOut(BaseModel):
+    """The runs that began in one hour."""
+
+    hour: Timestamp = Field(description="Its beginning.")
+    total: int
+    by_status: Counts
+    p50: float | None = Field(description="Of those that have completed, in seconds.")
+    p95: float | None
+
+
+class WorkflowCountsOut(BaseModel):
+    """The runs of one workflow."""
+
+    workflow_id: str
+    total: int
+    by_status: Counts
+
+
+class StatsOut(BaseModel):
+    """What became of the runs that began between two moments."""
+
+    since: Timestamp
+    until: Timestamp
+    total: int
+    under_way: int = Field(description="Runs that are not over, whenever they began.")
+    by_status: Counts = Field(
+        examples=[{"PENDING": 0, "RUNNING": 3, "COMPLETED": 118, "FAILED": 4, "CANCELED": 1}],
+    )
+    durations: Durations
+    by_hour: list[HourOut] = Field(description="Every hour of the time, also one without runs; the oldest first.")
+    by_workflow: list[WorkflowCountsOut] = Field(description="The busiest first.")
+
+
+@router.get("/stats", summary="Count runs", responses=described(400, 401, 403, 429))
+async def read_stats(
+    db: Db,
+    caller: Reader,
+    hours: Annotated[int, Query(ge=1, le=_MONTH, description="So many, the one that it is now included.")] = 24,
+    context_id: Annotated[ShortText | None, Query(description="Only runs of this context.")] = None,
+    workflow_id: Annotated[ShortText | None, Query(description="Only runs of this workflow.")] = None,
+) -> StatsOut:
+    """Runs by status, by hour and by workflow, and how long they took, of those that began in the last hours."""
+    now = datetime.now(UTC)
+    since = now.replace(minute=0, second=0, microsecond=0) - (hours - 1) * _HOUR
+    async with db.connect() as conn:
+        return await stats(conn, Filter(context_id or None, None, workflow_id or None), caller.sight, since, now)
+
+
+async def stats(conn: AsyncConnection, wanted: Filter, sight: Sight, since: datetime, until: datetime) -> StatsOut:
+    """Reads nothing but indexes, so that it is quick among millions of runs."""
+
+    def seen(query: Select[Any]) -> Select[Any]:
+        return narrowed(query, wanted, sight)
+
+    began_since = agent_runs.c.created_at >= since
+    hour = func.date_bin(_HOUR, agent_runs.c.created_at, literal(since)).label("hour")
+    status, workflow = agent_runs.c.status, agent_runs.c.workflow_id
+    counted = select(hour, workflow, status, func.count().label("runs")).where(began_since)
+    counts = (await conn.execute(seen(counted).group_by(hour, workflow, status))).all()
+
+    took = cast(extract("epoch", agent_runs.c.completed_at - agent_runs.c.created_at), Float)
+    quantiles = func.percentile_cont(literal([0.5, 0.95], ARRAY(Float))).within_group(took).label("quantiles")
+    completed = (began_since, status == RunStatus.COMPLETED, agent_runs.c.completed_at.is_not(None))
+    in_all = (await conn.execute(seen(select(func.count(), quantiles).where(*completed)))).one()
+    hourly = {
+        row.hour: row.quantiles
+        for row in await conn.execute(seen(select(hour, quantiles).where(*completed)).group_by(hour))
+    }
+    under_way = select(func.count()).select_from(agent_runs)
+    under_way = under_way.where(status.in_([each for each in RunStatus if each not in FINAL]))
+    p50, p95 = _rounded(in_all.quantiles)
+    return StatsOut(
+        since=since,
+        until=until,
+        total=_total(counts),
+        under_way=await conn.scalar(seen(under_way)) or 0,
+        by_status=_by_status(counts),
+        durations=Durations(runs=in_all.count, p50=p50, p95=p95),
+        by_hour=_by_hour(counts, hourly, since, until),
+        by_workflow=_by_workflow(counts),
+    )
+
+
+def _rounded(quantiles: Sequence[float] | None) -> tuple[float | None, float | None]:
+    """To the millisecond."""
+    p50, p95 = quantiles or (None, None)
+    return (None if p50 is None else round(p50, 3), None if p95 is None else round(p95, 3))
+
+
+def _total(counts: Iterable[Row[Any]]) -> int:
+    return sum(row.runs for row in counts)
+
+
+def _by_status(counts: Iterable[Row[Any]]) -> Counts:
+    found = dict.fromkeys(RunStatus, 0)
+    for row in counts:
+        found[RunStatus(row.status)] += row.runs
+    return found
+
+
+def _by_hour(
+    counts: Sequence[Row[Any]], hourly: dict[datetime, Sequence[float]], since: datetime, until: datetime
+) -> list[HourOut]:
+    found: dict[datetime, list[Row[Any]]] = {}
+    for row in counts:
+        found.setdefault(row.hour, []).append(row)
+    hours = []
+    for number in range((until - since) // _HOUR + 1):
+        hour = since + number * _HOUR
+        rows = found.get(hour, [])
+        p50, p95 = _rounded(hourly.get(hour))
+        hours.append(HourOut(hour=hour, total=_total(rows), by_status=_by_status(rows), p50=p50, p95=p95))
+    return hours
+
+
+def _by_workflow(counts: Sequence[Row[Any]]) -> list[WorkflowCountsOut]:
+    found: dict[str, list[Row[Any]]] = {}
+    for row in counts:
+        found.setdefault(row.workflow_id, []).append(row)
+    each = [
+        WorkflowCountsOut(workflow_id=name, total=_total(rows), by_status=_by_status(rows))
+        for name, rows in found.items()
+    ]
+    return sorted(each, key=lambda workflow: (-workflow.total, workflow.workflow_id))
