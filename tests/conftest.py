@@ -101,7 +101,7 @@ def _no_environment() -> Iterator[None]:
     """Tests say what the settings are; the developer's own environment does not."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
-            if name.lower() in Settings.model_fields:
+            if name.lower() in Settings.model_fields or name.startswith("OTEL_"):
                 patch.delenv(name)
         patch.setitem(Settings.model_config, "env_file", None)
         yield
@@ -302,8 +302,8 @@ async def running_service(
         limits = httpx.Limits(max_connections=50)
         async with httpx.AsyncClient(base_url=url, timeout=20, limits=limits, verify=False) as http:
             yield Service(url, http, state)
-        # What a signal makes sse-starlette do.
-        state["hub"].close()
+        # What a signal does.
+        state["leaving"].begin()
 
 
 @pytest.fixture(scope="session")

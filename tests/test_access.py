@@ -45,6 +45,14 @@ DETAILS = ("GET", "/api/happyrobot/runs/{run_id}/details")
 RECORDINGS = ("GET", "/api/happyrobot/runs/{run_id}/recordings")
 CANCEL = ("POST", "/api/happyrobot/runs/{run_id}/cancel")
 TOKENS = ("POST", "/api/happyrobot/tokens")
+WORKFLOWS = ("GET", "/api/happyrobot/workflows")
+STATS = ("GET", "/api/happyrobot/stats")
+APPROVALS = ("GET", "/api/happyrobot/approvals")
+LET_GO_ON = ("POST", "/api/happyrobot/approvals/{id}/approve")
+STOP = ("POST", "/api/happyrobot/approvals/{id}/reject")
+ALL_DELIVERIES = ("GET", "/api/happyrobot/deliveries")
+SEND_AGAIN = ("POST", "/api/happyrobot/deliveries/{id}/redeliver")
+WHO_AM_I = ("GET", "/api/happyrobot/session")
 SESSION = ("POST", "/api/happyrobot/session")
 END_SESSION = ("DELETE", "/api/happyrobot/session")
 STREAM = ("GET", "/api/events")
@@ -63,6 +71,10 @@ NOTHING = [
     for path in (PUBLIC, f"{PUBLIC}/{{rest}}")
 ]
 HEALTH = ("GET", "/healthz")
+READINESS = ("GET", "/readyz")
+METRICS = ("GET", "/metrics")
+CONSOLE = ("GET", "/")
+CONSOLE_PART = ("GET", "/console/{name}")
 DOCUMENT = ("GET", "/openapi.json")
 DOCS = ("GET", "/docs")
 DOCS_PART = ("GET", "/docs/{name}")
@@ -86,6 +98,8 @@ OTHERS = {"token of another context": 404, "key of another workflow": 404, "toke
 
 TO_READ = {**STRANGERS, **FRIENDS, **OTHERS, "read token": 200, "trigger token": 403}
 TO_CHANGE = {**STRANGERS, **FRIENDS, **OTHERS, "read token": 403, "trigger token": 200}
+TO_DECIDE = TO_CHANGE | {"trigger token": 403}
+TO_OPERATE = {**STRANGERS, **dict.fromkeys([*FRIENDS, *OTHERS, "read token", "trigger token"], 403), "operator": 200}
 BROWSERS = [kind for kind in TO_READ if "token" in kind and kind not in STRANGERS]
 KEYS = ["key", "operator", "key of another workflow"]
 
@@ -113,6 +127,14 @@ ANSWERS: dict[tuple[str, str], dict[str, int]] = {
     RECORDINGS: TO_READ,
     CANCEL: TO_CHANGE,
     STREAM: TO_READ,
+    WORKFLOWS: TO_READ | dict.fromkeys(OTHERS, 200),
+    STATS: TO_READ | dict.fromkeys(OTHERS, 200),
+    APPROVALS: TO_READ | dict.fromkeys(OTHERS, 200),
+    LET_GO_ON: TO_DECIDE,
+    STOP: TO_DECIDE,
+    ALL_DELIVERIES: TO_OPERATE,
+    SEND_AGAIN: TO_OPERATE | {"operator": 404},  # there is none of this id
+    WHO_AM_I: STRANGERS | dict.fromkeys([*KEYS, *BROWSERS, "key of a website"], 200),
     TOKENS: STRANGERS | dict.fromkeys(KEYS, 200) | dict.fromkeys(BROWSERS, 403),
     # A key is not kept in a browser.
     SESSION: STRANGERS | dict.fromkeys([*KEYS, "key of a website"], 401) | dict.fromkeys(BROWSERS, 200),
@@ -128,6 +150,10 @@ ANSWERS: dict[tuple[str, str], dict[str, int]] = {
     REDELIVER: IN_PUBLIC | {WEBSITE: 404},
     **dict.fromkeys(NOTHING, IN_PUBLIC | {WEBSITE: 404}),
     HEALTH: for_all(200),
+    READINESS: for_all(200),
+    METRICS: TO_OPERATE,
+    CONSOLE: for_all(200),
+    CONSOLE_PART: for_all(404),  # not of this name
     DOCUMENT: for_all(200),
     DOCS: for_all(200),
     DOCS_PART: for_all(200),
@@ -145,6 +171,19 @@ class House:
     ids: dict[str, UUID]
     execution_id: str = ""
     """One of the website's."""
+    approval_id: str = ""
+    """What the last run that was prepared for it asks to have approved."""
+
+    async def prepared(self, route: tuple[str, str]) -> str:
+        """A run of `MINE` that this route can be asked about."""
+        run_id = await self.call()
+        if route in (LET_GO_ON, STOP):
+            body = {"run_id": run_id, "event_type": "pending_approval", "data": {"rows": []}}
+            await self.service.http.post(CALLBACK[1], json=body, headers={"X-API-KEY": HOOK_KEY})
+            headers = {"Authorization": self.credentials["key"]}
+            waiting = (await self.service.http.get(APPROVALS[1], headers=headers)).json()
+            [self.approval_id] = [each["id"] for each in waiting if each["run_id"] == run_id]
+        return run_id
 
     async def ask(self, kind: str, route: tuple[str, str], run_id: str) -> httpx.Response:
         """A request of this kind of caller for this route, about a run of `MINE`. Of a stream only its beginning."""
@@ -162,6 +201,8 @@ class House:
         elif route == EXECUTE:
             body = {"input": {}}
         names = {"run_id": run_id, "name": "init.js", "workflowId": "default", "id": self.execution_id, "rest": "x"}
+        if route in (LET_GO_ON, STOP):
+            names["id"] = self.approval_id
         url = path.format(**names)
         request = self.service.http.build_request(method, url, headers=headers, params=params, json=body)
         answer = await self.service.http.send(request, stream=route == STREAM)
@@ -277,7 +318,7 @@ async def test_a_route_answers_everybody_as_the_table_says_and_changes_nothing_f
     house: House, route: tuple[str, str]
 ):
     answers = {}
-    run_id = await house.call()
+    run_id = await house.prepared(route)
     before = await house.everything()
     for kind in [kind for kind, status in ANSWERS[route].items() if status >= 400]:
         answer = await house.ask(kind, route, run_id)

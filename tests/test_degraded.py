@@ -16,6 +16,7 @@ from switchboard import database
 from switchboard.breaker import Breaker
 from switchboard.errors import PUBLIC, PostgresAway, Unavailable
 from switchboard.events import Event, NewEvent
+from switchboard.leaving import Leaving
 from switchboard.live.announcer import Announcer
 from switchboard.live.channel import Channel
 from switchboard.live.messages import unpack
@@ -151,7 +152,7 @@ def log(run_id: str, data: Any = None, event_type: str = "log") -> NewEvent:
 
 async def test_events_that_come_during_a_write_are_written_together(db: AsyncEngine, run_id: str):
     announcer = Silent()
-    queue = Intake(db, announcer)
+    queue = Intake(db, announcer, Leaving())
     outcomes = await asyncio.gather(*(queue.take(log(run_id, number)) for number in range(50)))
     assert all(isinstance(outcome, Recorded) for outcome in outcomes)
     # Nobody waits for company: all that were there at the start went together, in their order.
@@ -160,7 +161,7 @@ async def test_events_that_come_during_a_write_are_written_together(db: AsyncEng
 
 
 async def test_an_intake_that_closes_waits_for_what_is_expected(db: AsyncEngine, run_id: str):
-    queue = Intake(db, Silent())
+    queue = Intake(db, Silent(), Leaving())
     asked, may_answer = asyncio.Event(), asyncio.Event()
 
     async def place_a_call() -> object:
@@ -178,7 +179,7 @@ async def test_an_intake_that_closes_waits_for_what_is_expected(db: AsyncEngine,
 
 async def test_each_of_a_batch_gets_its_own_answer(db: AsyncEngine, run_id: str):
     key = uuid4()
-    queue = Intake(db, Silent())
+    queue = Intake(db, Silent(), Leaving())
     outcomes = await asyncio.gather(
         queue.take(NewEvent(run_id, "log", 1, dedupe_key=key)),
         queue.take(NewEvent("nobody", "log", 2)),
@@ -190,7 +191,7 @@ async def test_each_of_a_batch_gets_its_own_answer(db: AsyncEngine, run_id: str)
 
 
 async def test_one_bad_event_among_many_fails_alone(db: AsyncEngine, run_id: str):
-    queue = Intake(db, Silent())
+    queue = Intake(db, Silent(), Leaving())
     bad = log(run_id, event_type="x" * 256)  # no endpoint lets it through; the column does not either
     outcomes = await asyncio.gather(
         queue.take(log(run_id, 1)), queue.take(bad), queue.take(log(run_id, 2)), return_exceptions=True
@@ -202,7 +203,7 @@ async def test_one_bad_event_among_many_fails_alone(db: AsyncEngine, run_id: str
 
 async def test_an_absent_postgresql_fails_all_at_once():
     away = database.connect("postgresql://nobody@/nothing?host=/no/such/folder")
-    queue = Intake(away, Silent())
+    queue = Intake(away, Silent(), Leaving())
     outcomes = await asyncio.gather(*(queue.take(log("r")) for _ in range(20)), return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {PostgresAway}
 
@@ -214,7 +215,7 @@ async def test_an_error_that_nobody_foresaw_reaches_every_caller(
         raise ZeroDivisionError
 
     monkeypatch.setattr(intake, "write", fail)
-    queue = Intake(db, Silent())
+    queue = Intake(db, Silent(), Leaving())
     outcomes = await asyncio.gather(*(queue.take(log(run_id)) for _ in range(3)), return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {ZeroDivisionError}
     monkeypatch.undo()
@@ -225,14 +226,14 @@ async def test_beyond_the_bound_callers_are_told_to_come_back(
     db: AsyncEngine, run_id: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(intake, "MAX_WAITING", 3)
-    queue = Intake(db, Silent())
+    queue = Intake(db, Silent(), Leaving())
     outcomes = await asyncio.gather(*(queue.take(log(run_id)) for _ in range(5)), return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [Recorded] * 3 + [Unavailable] * 2
     assert isinstance(await queue.take(log(run_id)), Recorded)
 
 
 async def test_a_caller_that_hangs_up_takes_nothing_away(db: AsyncEngine, run_id: str):
-    queue = Intake(db, Silent())
+    queue = Intake(db, Silent(), Leaving())
     async with queue.running():
         impatient = asyncio.create_task(queue.take(log(run_id, 1)))
         patient = asyncio.create_task(queue.take(log(run_id, 2)))
@@ -243,7 +244,7 @@ async def test_a_caller_that_hangs_up_takes_nothing_away(db: AsyncEngine, run_id
 
 
 async def test_what_waits_is_written_before_the_service_leaves(db: AsyncEngine, run_id: str):
-    async with Intake(db, Silent()).running() as queue:
+    async with Intake(db, Silent(), Leaving()).running() as queue:
         waiting = [asyncio.create_task(queue.take(log(run_id, number))) for number in range(3)]
         await asyncio.sleep(0)
     assert all(isinstance(task.result(), Recorded) for task in waiting)
@@ -298,7 +299,7 @@ async def test_what_is_being_announced_when_the_service_stops_is_announced(db: A
         )
 
     now = datetime.now(UTC)
-    announcer = Announcer(Slow(), Channel(db), lambda: None)  # type: ignore[arg-type]  # as much of Redis as it uses
+    announcer = Announcer(Slow(), Channel(db), lambda: None, Leaving())  # type: ignore[arg-type]  # as much of Redis as it uses
     async with announcer.running():
         announcer.announce([event(1)])
         await begun.wait()

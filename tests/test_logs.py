@@ -35,6 +35,7 @@ from switchboard.errors import PUBLIC, NotFound, PostgresAway
 from switchboard.logs.redaction import REDACTED, redactor
 from switchboard.logs.traces import told, trace
 from switchboard.settings import Settings
+from tests.collector import Collector, collecting
 from tests.conftest import APP_SECRET, Said, Servers, run_sql, settings_for, with_database
 
 Lines = Callable[..., list[str]]
@@ -793,9 +794,27 @@ def make_keys(switchboard: Callable[..., Said], marked: dict[str, str]) -> str:
     return said
 
 
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    """Takes the traces, also those that FastAPI might send by itself."""
+    with (
+        collecting() as collector,
+        local.environment(OTEL_EXPORTER_OTLP_ENDPOINT=collector.address, FASTAPI_OTEL_AUTO_CONFIGURE="true"),
+    ):
+        yield collector
+
+
+TRACED = {f"POST {TRIGGER}", f"POST {CALLBACK}", f"GET {RUNS}", "POST 127.0.0.1", "INSERT", "job start", "job deliver"}
+
+
 @pytest.mark.parametrize("environment", ["development", "production"])
 def test_no_secret_and_nobody_s_data_is_found_in_a_log_or_an_error(
-    servers: Servers, own_database_url: str, tmp_path: Path, switchboard: Callable[..., Said], environment: str
+    servers: Servers,
+    own_database_url: str,
+    tmp_path: Path,
+    switchboard: Callable[..., Said],
+    collector: Collector,
+    environment: str,
 ):
     marked = marks()
     production = environment == "production"
@@ -866,6 +885,7 @@ def test_no_secret_and_nobody_s_data_is_found_in_a_log_or_an_error(
         expected.append("Redis is away")
     assert [sentence for sentence in expected if sentence not in service.err] == []
     assert "gave up the callback" in simulator.err
+    assert {span.name for span in collector.spans} >= TRACED
     if production:
         for line in service.err.splitlines():
             assert {"timestamp", "level", "logger", "event"} <= json.loads(line).keys(), line
@@ -878,6 +898,7 @@ def test_no_secret_and_nobody_s_data_is_found_in_a_log_or_an_error(
         "what is said of keys": said_of_keys,
         "what is said of webhooks": switchboard("deliveries", "list", "--json").out,
         "an answer": "\n".join(text for _, text in answers) + nonsense,
+        "a trace": collector.raw.decode(errors="replace"),
     }
     found = [
         (what, place, text[max(0, text.find(form) - 300) : text.find(form) + 100])

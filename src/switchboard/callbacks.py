@@ -1,17 +1,19 @@
 """`POST /api/webhooks/happyrobot`: what HappyRobot tells us."""
 
+import contextlib
 import hmac
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Header, Request
 from pydantic import BaseModel, Field
 
-from switchboard import bodies
+from switchboard import bodies, metrics, tracing
 from switchboard.access.limits import CurrentFailures, address_of
 from switchboard.errors import NotFound, Unauthorized, described
 from switchboard.happyrobot.payloads import CallbackIn, read_callback
 from switchboard.runs.intake import CurrentIntake
-from switchboard.runs.sorting import Duplicate, Held
+from switchboard.runs.sorting import Duplicate, Held, Outcome
 from switchboard.settings import CurrentSettings
 
 router = APIRouter(tags=["callbacks"])
@@ -22,6 +24,16 @@ class CallbackOut(BaseModel):
 
     success: Literal[True]
     duplicate: bool = Field(False, description="A copy of it had been taken before; absent otherwise.")
+
+
+@contextlib.contextmanager
+def _not_taken(outcome: str, kind: str = metrics.OTHER) -> Iterator[None]:
+    """Counts a callback that fails within the block."""
+    try:
+        yield
+    except Exception:
+        metrics.count_callback(kind, outcome)
+        raise
 
 
 async def _from_happyrobot(
@@ -35,9 +47,10 @@ async def _from_happyrobot(
         return
     # Bytes, because compare_digest refuses text beyond ASCII.
     if not hmac.compare_digest(x_api_key.encode(), expected.get_secret_value().encode()):
-        if x_api_key:
-            await failures.count(address_of(request))
-        raise Unauthorized("Unauthorized")
+        with _not_taken("refused"):
+            if x_api_key:
+                await failures.count(address_of(request))
+            raise Unauthorized("Unauthorized")
 
 
 @router.post(
@@ -68,11 +81,25 @@ async def receive(
 
     A callback of a run that is not known yet is answered 404 and kept: it is applied when the run becomes known.
     """
-    raw = await bodies.read(request)
-    event = read_callback(bodies.parse(raw), raw, x_webhook_id)
-    outcome = await intake.take(event)
+    with _not_taken("refused"):
+        raw = await bodies.read(request)
+        event = read_callback(bodies.parse(raw), raw, x_webhook_id)
+    with _not_taken("failed", event.event_type):
+        outcome = await intake.take(event)
+    metrics.count_callback(event.event_type, _in_a_word(outcome))
     if isinstance(outcome, Held):
         raise NotFound("Run not found")
+    tracing.about(run_id=event.run_id)
     if isinstance(outcome, Duplicate):
         return CallbackOut(success=True, duplicate=True)
     return CallbackOut(success=True)
+
+
+def _in_a_word(outcome: Outcome) -> str:
+    match outcome:
+        case Held():
+            return "held"
+        case Duplicate():
+            return "duplicate"
+        case _:
+            return "recorded"

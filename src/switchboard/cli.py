@@ -8,6 +8,8 @@ import contextlib
 import gc
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -129,6 +131,7 @@ def serve(
     from uvicorn.supervisors import Multiprocess
 
     from switchboard import logs
+    from switchboard.leaving import UNDER_WAY
     from switchboard.protocol import BoundedProtocol
     from switchboard.settings import Settings
 
@@ -172,9 +175,12 @@ def serve(
             # Longer than proxies and clients keep an idle connection: whoever closes first, it is not us under a
             # request that is on its way.
             timeout_keep_alive=75,
-            timeout_graceful_shutdown=10,
+            timeout_graceful_shutdown=int(UNDER_WAY),
         )
         if workers > 1:
+            # Only now: this process has nothing to add to what they measure.
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="switchboard-metrics-"))
+            stack.enter_context(local.environment(PROMETHEUS_MULTIPROC_DIR=folder))
             Multiprocess(config, [listener]).run()
         else:
             uvicorn.Server(config).run([listener])
@@ -187,6 +193,10 @@ def _on_this_machine(address: str) -> str:
 @app.command(name="worker")
 def work(
     migrate: Annotated[bool, typer.Option(help="Bring the database to the newest schema first.")] = False,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Port on which Prometheus may read metrics, without credentials.")
+    ] = None,
+    metrics_host: Annotated[str, typer.Option(help="Address of that port.")] = local.LOOPBACK,
 ) -> None:
     """Do the background work alone; any number of workers may run beside the service."""
     from switchboard import logs
@@ -198,8 +208,29 @@ def work(
     with local.servers(settings), local.app_secret(settings):
         if migrate:
             _migrate()
-        typer.echo(f"Switchboard {__version__} works in the background")
-        asyncio.run(background.work(Settings()))
+        with contextlib.nullcontext() if metrics_port is None else _metrics_on(metrics_host, metrics_port):
+            typer.echo(f"Switchboard {__version__} works in the background")
+            asyncio.run(background.work(Settings()))
+
+
+@contextlib.contextmanager
+def _metrics_on(host: str, port: int) -> Iterator[None]:
+    """Lets whoever reaches this port read what the process measures."""
+    from prometheus_client import start_http_server
+
+    from switchboard.metrics import REGISTRY
+
+    try:
+        server, thread = start_http_server(port, host, REGISTRY)
+    except OSError as error:
+        raise local.PortTaken(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    try:
+        typer.echo(f"Metrics are on port {server.server_port}")
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 @app.command()
@@ -269,6 +300,14 @@ def simulate(
 
 def _revealed(secret: "SecretStr | None") -> str | None:
     return None if secret is None else secret.get_secret_value()
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Check the settings, and all that the service depends on. Changes nothing, and places no call."""
+    from switchboard.commands import doctor
+
+    doctor.run(as_json=as_json)
 
 
 @app.command(name="demo")

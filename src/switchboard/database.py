@@ -1,14 +1,16 @@
 """The connection to PostgreSQL."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 from fastapi import Depends
 from pydantic_core import from_json, to_json
+from sqlalchemy import Engine, QueuePool, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from starlette.requests import HTTPConnection
 
+from switchboard import metrics
 from switchboard.errors import PostgresAway
 
 # Parameters that libpq or Prisma know but asyncpg would send to the server as settings, which it refuses.
@@ -25,6 +27,10 @@ _FOREIGN_PARAMETERS = frozenset(
 )
 
 
+_GOODBYE = 0.1
+"""Seconds for PostgreSQL to close a connection; one that is merely dropped does no harm, and there may be many."""
+
+
 def dsn(url: str) -> str:
     """A `DATABASE_URL` as libpq, Railway, Prisma or SQLAlchemy write it, in asyncpg's words.
 
@@ -39,6 +45,13 @@ def _dump(value: Any) -> str:
     return to_json(value).decode()
 
 
+class _Connection(asyncpg.Connection):  # type: ignore[misc]  # it has no types
+    """Hangs up on a server that does not say goodbye, which would otherwise have as long as for a statement."""
+
+    async def close(self, *, timeout: float | None = None) -> None:  # noqa: ASYNC109  # its signature is asyncpg's
+        await super().close(timeout=min(timeout or _GOODBYE, _GOODBYE))
+
+
 def connect(url: str, *, pool_size: int = 10, statement_timeout: float | None = 10) -> AsyncEngine:
     """An engine; nothing is connected until it is used.
 
@@ -49,12 +62,14 @@ def connect(url: str, *, pool_size: int = 10, statement_timeout: float | None = 
 
     async def open_connection(**_: Any) -> Any:
         try:
-            return await asyncpg.connect(address, timeout=5, command_timeout=statement_timeout)
+            return await asyncpg.connect(
+                address, timeout=5, command_timeout=statement_timeout, connection_class=_Connection
+            )
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             # Not there, starting up, too many connections, a wrong password: to those who ask it is all the same.
             raise PostgresAway(f"PostgreSQL takes no connection ({type(error).__name__})") from error
 
-    return create_async_engine(
+    engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=open_connection,
         pool_size=pool_size,
@@ -67,6 +82,24 @@ def connect(url: str, *, pool_size: int = 10, statement_timeout: float | None = 
         json_serializer=_dump,
         json_deserializer=from_json,
     )
+    metrics.note_pool_size(2 * pool_size)
+    _measure(engine.sync_engine)
+    return engine
+
+
+def _measure(engine: Engine) -> None:
+    """Notes how many connections are used whenever one is taken or brought back."""
+
+    @event.listens_for(engine, "checkout")
+    def _(*_: object) -> None:
+        pool = cast("QueuePool", engine.pool)
+        metrics.note_pool(pool.checkedout(), pool.checkedin())
+
+    @event.listens_for(engine, "checkin")
+    def _(*_: object) -> None:
+        # Just before it is back; what is more than the pool keeps is closed.
+        pool = cast("QueuePool", engine.pool)
+        metrics.note_pool(pool.checkedout() - 1, min(pool.checkedin() + 1, pool.size()))
 
 
 async def _db(connection: HTTPConnection) -> AsyncEngine:

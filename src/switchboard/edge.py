@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars, clear_contextvars
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from switchboard import errors
+from switchboard import errors, metrics
 from switchboard.settings import Settings
 
 log = structlog.stdlib.get_logger(__name__)
@@ -52,7 +52,7 @@ _EXPOSED = ("Link", "Retry-After", REQUEST_ID, "X-RateLimit-Limit", "X-RateLimit
 
 _GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
-_ASKED_ALL_THE_TIME = frozenset({"/healthz"})
+_ASKED_ALL_THE_TIME = frozenset({"/healthz", "/readyz", "/metrics"})
 """Routes whose requests are no news."""
 
 
@@ -144,12 +144,15 @@ class Edge:
         began = time.perf_counter()
         request_id = _request_id(scope)
         status: int | None = None
+        is_stream = False
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_stream
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._complete(MutableHeaders(scope=message), scope, request_id)
+                headers = MutableHeaders(scope=message)
+                is_stream = headers.get("content-type", "").startswith("text/event-stream")
+                self._complete(headers, scope, request_id)
             await send(message)
 
         # A request that waited behind another one begins in its context.
@@ -158,10 +161,11 @@ class Edge:
             try:
                 await self._app(scope, receive, answer)
             finally:
-                took = round((time.perf_counter() - began) * 1000, 1)
+                took = time.perf_counter() - began
                 route = _route(scope)
+                metrics.count_request(scope["method"], route, status, None if is_stream else took)
                 note = log.debug if route in _ASKED_ALL_THE_TIME else log.info
-                note("request", method=scope["method"], route=route, status=status, ms=took)
+                note("request", method=scope["method"], route=route, status=status, ms=round(took * 1000, 1))
 
     def _complete(self, headers: MutableHeaders, scope: Scope, request_id: str) -> None:
         headers.update(scope.get("state", {}).get(_HEADERS, {}))

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PrivateAttr, WithJsonSchema
 from pydantic_core import to_json
 from sqlalchemy import Row, select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -73,11 +73,17 @@ class Event(BaseModel):
     status: RunStatus = Field(description="The run's status once this had happened.")
     timestamp: Timestamp = Field(description="When it happened, or when we learnt of it.")
     data: Any = Field(examples=[{"message": "Agent said hello"}])
+    _written_at: float | None = PrivateAttr(None)
+
+    @property
+    def written_at(self) -> float | None:
+        """When its row was written, in seconds since 1970, if it comes from one; for us alone."""
+        return self._written_at
 
     @classmethod
     def of(cls, row: Row[Any]) -> "Event":
         """The event in a row of `run_events`."""
-        return cls.model_construct(
+        event = cls.model_construct(
             id=row.id,
             run_id=row.run_id,
             context_id=row.context_id,
@@ -87,6 +93,8 @@ class Event(BaseModel):
             timestamp=row.occurred_at or row.created_at,
             data=row.data,
         )
+        event._written_at = row.created_at.timestamp()  # noqa: SLF001  # it is one of these
+        return event
 
     def encode(self) -> bytes:
         """The event as one line of JSON."""

@@ -16,22 +16,27 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 from sqlalchemy import (
     ARRAY,
     ColumnElement,
+    Float,
     String,
     any_,
+    case,
     column,
     delete,
     exists,
+    extract,
     false,
     func,
     literal,
     literal_column,
     null,
+    or_,
     select,
     table,
     text,
     true,
     update,
 )
+from sqlalchemy import cast as cast_to
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 
@@ -102,6 +107,8 @@ DECIDE = "decide"
 DELIVER = "deliver"
 """Tells a customer; the subject is the id of the delivery."""
 
+EVERY = (RECONCILE, CHECK, CANCEL, START, DECIDE, DELIVER)
+
 _URGENT = frozenset({CHECK, CANCEL, START, DECIDE})
 """Jobs that go before all others when they come up for the first time."""
 
@@ -155,12 +162,14 @@ async def enqueue(conn: AsyncConnection, jobs: Sequence[Job]) -> None:
 _queue = table(
     NAMES.queue_table,
     column("id"),
+    column("entrypoint"),
     column("dedupe_key"),
     column("status"),
     column("priority"),
     column("execute_after"),
     column("queue_manager_id"),
 )
+_schedules = table(NAMES.schedules_table, column("entrypoint"), column("next_run"))
 _log = table(NAMES.queue_table_log, column("created"), column("aggregated"))
 _statistics = table(NAMES.statistics_table, column("created"))
 
@@ -201,6 +210,46 @@ async def hasten(conn: AsyncConnection, entrypoint: str, subjects: Sequence[str]
 async def drop(conn: AsyncConnection, entrypoint: str, subject: str) -> None:
     """Takes a job that waits out of the queue."""
     await conn.execute(delete(_queue).where(_queue.c.dedupe_key == f"{entrypoint}:{subject}", _waits))
+
+
+STATES = WAITING, DUE, RUNNING, FAILED = "waiting", "due", "running", "failed"
+"""Of jobs: their time has not come, nobody has taken them yet, somebody does them, PgQueuer could not put them off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pile:
+    """The jobs of one kind that are in one state."""
+
+    job: str
+    state: str
+    number: int
+    oldest: float
+    """Seconds since the first of them was due."""
+
+
+_STATE = case(
+    (_has_failed, FAILED),
+    (~_waits, RUNNING),
+    (_queue.c.execute_after <= func.now(), DUE),
+    else_=WAITING,
+)
+
+
+async def piles(conn: AsyncConnection) -> list[Pile]:
+    """What is in the queue; of what is not, nothing."""
+    age = cast_to(extract("epoch", func.now() - func.min(_queue.c.execute_after)), Float)
+    query = (
+        select(_queue.c.entrypoint, _STATE.label("state"), func.count(), func.greatest(age, 0))
+        .where(or_(_is_live, _has_failed))
+        .group_by(_queue.c.entrypoint, text("state"))
+    )
+    return [Pile(*row) for row in await conn.execute(query)]
+
+
+async def overdue(conn: AsyncConnection, schedule: str) -> float | None:
+    """Seconds for which no worker has kept a schedule, negative before its time; None if none has ever run."""
+    late = cast_to(extract("epoch", func.now() - func.max(_schedules.c.next_run)), Float)
+    return await conn.scalar(select(late).where(_schedules.c.entrypoint == schedule))
 
 
 async def rank_behind(conn: AsyncConnection, job_id: int, after: float) -> None:

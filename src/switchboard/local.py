@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 
+SECRET_FILE = "app-secret"  # noqa: S105  # its name
+"""Of the data folder: the secret that is used in development where none is set."""
+
 _BACKLOG = 2048
 
 
@@ -99,7 +102,7 @@ def app_secret(settings: "Settings") -> Iterator[None]:
 
 
 def _kept_secret(data_dir: Path) -> str:
-    kept = data_dir / "app-secret"
+    kept = data_dir / SECRET_FILE
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         if not kept.exists():

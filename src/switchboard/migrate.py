@@ -1,9 +1,11 @@
 """Bringing the database to the newest schema."""
 
+import functools
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 
 from switchboard import database, jobs
 
@@ -16,6 +18,13 @@ def config() -> Config:
     alembic = Config()
     alembic.set_main_option("script_location", str(in_wheel if in_wheel.exists() else in_checkout))
     return alembic
+
+
+@functools.cache
+def earlier_revisions() -> frozenset[str]:
+    """All that are known here but the newest. One that is not known at all is of a newer version."""
+    scripts = ScriptDirectory.from_config(config())
+    return frozenset(script.revision for script in scripts.walk_revisions()) - set(scripts.get_heads())
 
 
 async def migrate(url: str) -> None:

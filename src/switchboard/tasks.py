@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-_AGAIN_AFTER = 1.0
+_AGAIN_AFTER = 0.2
 
 
 async def end(*tasks: "asyncio.Future[Any]") -> None:

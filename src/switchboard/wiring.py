@@ -1,7 +1,7 @@
 """The parts that requests and background jobs share, connected to each other and to the outside."""
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import TypedDict
 
 import httpx
@@ -10,7 +10,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff, NoBackoff
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from switchboard import database
+from switchboard import database, tracing
 from switchboard.access.limits import Failures
 from switchboard.access.rates import Rates
 from switchboard.access.seats import Seats
@@ -18,6 +18,7 @@ from switchboard.access.tokens import Signer
 from switchboard.deliveries.sender import Sender
 from switchboard.happyrobot.client import HappyRobot
 from switchboard.happyrobot.lookups import Lookups
+from switchboard.leaving import Leaving
 from switchboard.live.announcer import Announcer
 from switchboard.live.channel import Channel
 from switchboard.live.hub import Hub
@@ -25,6 +26,7 @@ from switchboard.runs.asking import listener
 from switchboard.runs.cancel import Canceler
 from switchboard.runs.intake import Intake
 from switchboard.settings import Settings
+from switchboard.tracing import Tracing
 
 
 class State(TypedDict):
@@ -42,6 +44,9 @@ class State(TypedDict):
     intake: Intake
     sender: Sender
     rates: Rates
+    redis: Redis
+    tracing: Tracing | None
+    leaving: Leaving
 
 
 def addresses(settings: Settings) -> tuple[str, str]:
@@ -55,7 +60,9 @@ def addresses(settings: Settings) -> tuple[str, str]:
 async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | None = None) -> AsyncIterator[State]:
     """Opens the parts, and closes them in order; `upstream` takes the place of the network to HappyRobot."""
     database_url, redis_url = addresses(settings)
-    async with AsyncExitStack() as stack:
+    leaving = Leaving()
+    async with leaving.closing() as stack:
+        traces = await stack.enter_async_context(tracing.running(settings))
 
         def redis(retry: Retry, timeout: float | None) -> Redis:
             client = Redis.from_url(redis_url, socket_timeout=timeout, socket_connect_timeout=timeout or 2, retry=retry)
@@ -63,6 +70,8 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
             return client
 
         db = database.connect(database_url)
+        if traces is not None:
+            tracing.watch(db)
         stack.push_async_callback(db.dispose)
         # One retry: the pool may hold a connection that a restart of Redis has cut.
         once_more = Retry(ConstantBackoff(0.05), 1)
@@ -76,8 +85,11 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
         channel = Channel(db)
         # A subscription is silent for as long as nothing happens, so reading from it has no time limit.
         hub = await stack.enter_async_context(Hub(db, redis(Retry(NoBackoff(), 0), None), channel).running())
-        announcer = await stack.enter_async_context(Announcer(redis(once_more, 2), channel, hub.look).running())
-        intake = Intake(db, announcer, reconcile_after=settings.reconcile_after)
+        stack.enter_context(leaving.telling(hub.close))
+        announcer = await stack.enter_async_context(
+            Announcer(redis(once_more, 2), channel, hub.look, leaving).running()
+        )
+        intake = Intake(db, announcer, leaving, reconcile_after=settings.reconcile_after)
         await stack.enter_async_context(intake.running())
         # Above what takes in their answers, so that they close first.
         take_in = listener(db, intake, keeps=not happyrobot.reads_v2)
@@ -95,4 +107,7 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
             intake=intake,
             sender=sender,
             rates=Rates(shared),
+            redis=shared,
+            tracing=traces,
+            leaving=leaving,
         )

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import timedelta
 
@@ -14,11 +13,13 @@ from pgqueuer.adapters.drivers.asyncpg import AsyncpgPoolDriver
 from pgqueuer.models import Schedule
 from sqlalchemy.exc import SQLAlchemyError
 
-from switchboard import jobs
+from switchboard import jobs, tracing
 from switchboard.database import dsn
 from switchboard.deliveries.delivering import Deliverer
 from switchboard.errors import will_pass
+from switchboard.leaving import LAST_NEWS, SIGNALS, UNDER_WAY
 from switchboard.runs.decisions import Decider
+from switchboard.runs.pruning import prune
 from switchboard.runs.queued import Launcher
 from switchboard.runs.reconcile import Reconciler
 from switchboard.runs.sweep import sweep
@@ -37,14 +38,14 @@ _BATCH, _CALLS_AT_ONCE, _WEBHOOKS_AT_ONCE = 10, 40, 200
 _SAID_ONCE = frozenset({jobs.START, jobs.DECIDE, jobs.DELIVER})
 """Jobs that tell somebody something, who should be heard out."""
 
-_GRACE = 8.0
-"""Seconds that they get when the worker is told to stop."""
-
 _AFTER_TROUBLE = 10.0
 """Seconds until a job that failed is tried again."""
 
 _RESTART_AFTER = 2.0
 """Seconds until a worker that lost PostgreSQL looks for it again."""
+
+PRUNE_EVERY = "*/10 * * * *"
+"""When what is not to be kept any longer is deleted, by one worker of all."""
 
 Work = Callable[[str, int], Awaitable[float | None]]
 """Does a job, given its subject and how often it was tried; returns the seconds until it is to be done again."""
@@ -52,30 +53,31 @@ Work = Callable[[str, int], Awaitable[float | None]]
 
 @contextlib.asynccontextmanager
 async def working(state: State) -> AsyncIterator[None]:
-    """Does background jobs until the block ends; those that are under way then are left to others."""
-    stopping = asyncio.Event()
-    task = asyncio.create_task(_Worker(state, stopping).run())
+    """Does background jobs until it is time to leave; those that are under way then are left to others."""
+    leaving = state["leaving"]
+    task = asyncio.create_task(_Worker(state).run())
     try:
         yield
     finally:
-        stopping.set()
-        await task
+        leaving.begin()
+        # A database that does not answer does not keep it.
+        await asyncio.wait({task}, timeout=leaving.left(LAST_NEWS))
+        await end(task)
 
 
 async def work(settings: Settings) -> None:
     """Does background jobs until the process is told to leave."""
-    told = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, told.set)
     async with connected(settings) as state, working(state):
-        await told.wait()
+        leaving = state["leaving"]
+        for signum in SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(signum, leaving.begin)
+        await leaving.told()
 
 
 class _Worker:
-    def __init__(self, state: State, stopping: asyncio.Event) -> None:
+    def __init__(self, state: State) -> None:
         self._state = state
-        self._stopping = stopping
+        self._leaving = state["leaving"]
         reconciler = Reconciler(state["settings"], state["db"], state["happyrobot"], state["lookups"], state["intake"])
         # Many may be put off at once, and requests need connections, too.
         self._ranking = asyncio.Semaphore(2)
@@ -93,13 +95,13 @@ class _Worker:
 
     async def run(self) -> None:
         """Works until it is told to stop, whatever becomes of PostgreSQL in the meantime."""
-        while not self._stopping.is_set():
+        while not self._leaving.begun:
             try:
                 await self._serve_queue()
             except Exception as error:  # noqa: BLE001  # nobody waits for this task; it must outlive what goes wrong
                 log.warning("background work pauses", error=error)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), _RESTART_AFTER)
+                await asyncio.wait_for(self._leaving.told(), _RESTART_AFTER)
 
     async def _serve_queue(self) -> None:
         database_url, _ = addresses(self._state["settings"])
@@ -111,6 +113,8 @@ class _Worker:
             # Apart, so that customers' endpoints which do not answer leave calls their places.
             calls = self._queue(pool, self._calls)
             calls.schedule("sweep", "* * * * *", accepts_context=False)(self._sweep)
+            if (days := self._state["settings"].retention_days) is not None:
+                calls.schedule("prune", PRUNE_EVERY, accepts_context=False)(self._pruning(days, calls.shutdown))
             webhooks = self._queue(pool, self._webhooks)
             running = [
                 asyncio.create_task(
@@ -118,7 +122,7 @@ class _Worker:
                 )
                 for queue, at_once in ((calls, _CALLS_AT_ONCE), (webhooks, _WEBHOOKS_AT_ONCE))
             ]
-            stopped = asyncio.create_task(self._stopping.wait())
+            stopped = asyncio.create_task(self._leaving.told())
             await asyncio.wait({*running, stopped}, return_when=asyncio.FIRST_COMPLETED)
             stopped.cancel()
             for queue in (calls, webhooks):
@@ -140,9 +144,16 @@ class _Worker:
         settings = state["settings"]
         await sweep(state["db"], state["intake"], settings.reconcile_after, settings.stale_after)
 
+    def _pruning(self, days: int, stopping: asyncio.Event) -> Callable[[Schedule], Awaitable[None]]:
+        async def pruning(_: Schedule) -> None:
+            await prune(self._state["db"], days, stopping)
+
+        return pruning
+
     def _handler(self, work: Work) -> Callable[[Picked], Awaitable[None]]:
         async def handle(job: Picked) -> None:
-            again = await self._unless_stopped(job, work)
+            with tracing.job(self._state["tracing"], job.entrypoint, _subject(job)):
+                again = await self._unless_stopped(job, work)
             if again is None:
                 return
             with contextlib.suppress(SQLAlchemyError, OSError):  # then it comes up a little too early or too late
@@ -153,16 +164,16 @@ class _Worker:
         return handle
 
     async def _unless_stopped(self, job: Picked, work: Work) -> float | None:
-        if self._stopping.is_set():
+        if self._leaving.begun:
             return 0.0
-        subject = (job.payload or b"").decode()
+        subject = _subject(job)
         doing = asyncio.ensure_future(work(subject, job.attempts))
-        stopped = asyncio.create_task(self._stopping.wait())
+        stopped = asyncio.create_task(self._leaving.told())
         await asyncio.wait({doing, stopped}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         if not doing.done() and job.entrypoint in _SAID_ONCE:
             # What they are about is on its way: cut off, nobody would know what became of it.
-            await asyncio.wait({doing}, timeout=_GRACE)
+            await asyncio.wait({doing}, timeout=self._leaving.left(UNDER_WAY))
         if not doing.done():
             # Not cancelled by the queue, which would drop the job: the next worker takes it.
             await end(doing)
@@ -170,8 +181,13 @@ class _Worker:
         try:
             return doing.result()
         except Exception as error:  # whatever it was, the job stays
+            tracing.failed(error)
             if will_pass(error):
                 log.warning("job waits", job=job.entrypoint, subject=subject, error=error)
             else:
                 log.exception("job failed", job=job.entrypoint, subject=subject)
             return _AFTER_TROUBLE
+
+
+def _subject(job: Picked) -> str:
+    return (job.payload or b"").decode()

@@ -11,6 +11,7 @@ import structlog
 from sqlalchemy import Float, Row, and_, cast, delete, exists, extract, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from switchboard import metrics
 from switchboard.access.webhooks import Endpoint, endpoint_of
 from switchboard.deliveries.log import SHOWN
 from switchboard.deliveries.sender import TIMEOUT, Attempt, Sender
@@ -146,6 +147,8 @@ class Deliverer:
         pause = None if final else pause_after(delivery.failures + 1)
         async with self._desk, self._db.begin() as conn:
             await _write_down(conn, delivery, attempt, pause)
+        outcome = "delivered" if attempt.delivered else "given_up" if pause is None else "failed"
+        metrics.DELIVERY_ATTEMPTS.labels(outcome).inc()
         if not attempt.delivered:
             log.warning(
                 "webhook not delivered",

@@ -90,7 +90,7 @@ async def list_deliveries(
     "/deliveries/{id}/redeliver",
     summary="Send a webhook again",
     status_code=202,
-    responses=described(401, 403, 404, 409, 429),
+    responses=described(400, 401, 403, 404, 409, 429),
 )
 async def redeliver(db: Db, caller: Operator, delivery_id: Annotated[str, Path(alias="id")]) -> RedeliveryOut:
     """Sends the same bytes under the same id once more, and tries as often as for a new one."""

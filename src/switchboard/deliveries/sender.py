@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 from httpx_secure import SSRFProtectionError, httpx_ssrf_protection
 
+from switchboard import tracing
 from switchboard.cookies import no_cookies
 from switchboard.deliveries.names import Address, Names, Nowhere
 from switchboard.settings import Settings
@@ -117,8 +118,10 @@ class Sender:
         }
         for left, address in zip(reversed(range(len(addresses))), addresses, strict=True):
             try:
-                async with self._http.stream("POST", target.copy_with(host=str(address)), **more) as answer:
-                    await answered.take(answer)
+                with tracing.call("POST", target.host) as took_it:
+                    async with self._http.stream("POST", target.copy_with(host=str(address)), **more) as answer:
+                        took_it(answer.status_code)
+                        await answered.take(answer)
             except (httpx.ConnectError, httpx.ConnectTimeout):
                 # Nothing was sent; another of its addresses may be there.
                 if not left:

@@ -19,7 +19,7 @@ machine, opens every folder above the data to everybody when it runs as root, an
 and `folder` what a user and a keeper have to agree on.
 """
 
-from switchboard.embedded.lease import running
+from switchboard.embedded.lease import found, running
 from switchboard.embedded.servers import EmbeddedUnavailable, Servers
 
-__all__ = ["EmbeddedUnavailable", "Servers", "running"]
+__all__ = ["EmbeddedUnavailable", "Servers", "found", "running"]

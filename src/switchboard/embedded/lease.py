@@ -53,7 +53,7 @@ def _reach(data_dir: Path) -> Servers:
             if started:
                 raise _failed(data_dir, "The private servers did not start")
             started = _start_keeper(data_dir)
-        elif servers := _published(data_dir):
+        elif servers := found(data_dir):
             return servers
         else:
             time.sleep(POLL_EVERY)
@@ -90,7 +90,8 @@ def _kept(data_dir: Path) -> bool:
         return not acquire(lock, fcntl.LOCK_SH)
 
 
-def _published(data_dir: Path) -> Servers | None:
+def found(data_dir: Path) -> Servers | None:
+    """The servers of a data folder, if they run; starts nothing."""
     try:
         servers = Servers(**json.loads((data_dir / SERVERS_FILE).read_text()))
     except FileNotFoundError:

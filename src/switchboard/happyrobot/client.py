@@ -7,6 +7,7 @@ HappyRobotError
 └── NoAnswer        asked about a run, HappyRobot said nothing of use
     ├── NotKnown    it has no such run, or not yet
     ├── NoKey       we have no key to ask with
+    ├── KeyRefused  it does not take our key
     ├── NoTurn      it was not asked: its pace is used up
     └── Unreadable  it knows the run, and says more than we can read
 """
@@ -16,7 +17,7 @@ import contextlib
 import functools
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -30,6 +31,7 @@ from redis.asyncio import Redis
 from stamina.instrumentation import RetryDetails, set_on_retry_hooks
 from starlette.requests import HTTPConnection
 
+from switchboard import metrics, tracing
 from switchboard.cookies import no_cookies
 from switchboard.happyrobot.addresses import api_root
 from switchboard.happyrobot.pace import Pace
@@ -99,6 +101,10 @@ class NotKnown(NoAnswer):
 
 
 class NoKey(NoAnswer):
+    pass
+
+
+class KeyRefused(NoAnswer):
     pass
 
 
@@ -201,7 +207,7 @@ class HappyRobot:
             wait_max=_LONGEST_PAUSE,
             wait_jitter=_FIRST_PAUSE,
         ):
-            with attempt:
+            with attempt, _measured("trigger"):
                 return await self._trigger_once(hook, payload)
         raise AssertionError("stamina raises what the last attempt raised")
 
@@ -233,14 +239,15 @@ class HappyRobot:
         """Tells a workflow that waits what was decided. Raises Refused, and NoAnswer where it may not have heard."""
         headers = {"X-API-KEY": hook.key.get_secret_value()} if hook.key else {}
         headers["Idempotency-Key"] = str(decision["approval_id"])
-        try:
-            async with asyncio.timeout(self._settings.happyrobot_trigger_timeout):
-                request = self._hooks.build_request("POST", hook.url, json=decision, headers=headers)
-                response, _ = await _send(self._hooks, request)
-        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
-            raise NoAnswer(f"HappyRobot did not answer ({type(error).__name__})") from error
-        if not response.is_success:
-            raise Refused(response.status_code)
+        with _measured("decide"):
+            try:
+                async with asyncio.timeout(self._settings.happyrobot_trigger_timeout):
+                    request = self._hooks.build_request("POST", hook.url, json=decision, headers=headers)
+                    response, _ = await _send(self._hooks, request)
+            except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+                raise NoAnswer(f"HappyRobot did not answer ({type(error).__name__})") from error
+            if not response.is_success:
+                raise Refused(response.status_code)
 
     # The Platform API. Everything below raises NoAnswer, and takes its turns in HappyRobot's pace.
 
@@ -250,28 +257,31 @@ class HappyRobot:
 
     async def turn(self, effort: Effort) -> None:
         """Waits for a turn in the pace; raises NoTurn when there is none in time."""
-        if effort is BACKGROUND:
-            # One at a time, so that browsers compete with one waiter of each process and not with all of its jobs.
-            started = time.monotonic()
-            try:
-                async with asyncio.timeout(effort.patience), self._background:
-                    found = await self._pace.turn(effort.patience - (time.monotonic() - started))
-            except TimeoutError:
-                found = False
-        else:
-            found = await self._pace.turn(effort.patience)
+        began = time.monotonic()
+        found = await (self._turn_in_background(effort) if effort is BACKGROUND else self._pace.turn(effort.patience))
+        metrics.UPSTREAM_TURN_WAIT.observe(time.monotonic() - began)
+        metrics.UPSTREAM_TURNS.labels("taken" if found else "none").inc()
         if not found:
             raise NoTurn("HappyRobot's pace is used up")
+
+    async def _turn_in_background(self, effort: Effort) -> bool:
+        # One at a time, so that browsers compete with one waiter of each process and not with all of its jobs.
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(effort.patience), self._background:
+                return await self._pace.turn(effort.patience - (time.monotonic() - started))
+        except TimeoutError:
+            return False
 
     async def run(self, run_id: str, effort: Effort, *, turn_taken: bool = False) -> RunRecord:
         """What HappyRobot knows about a run. In v2 that is without its sessions; `record` has them."""
         async with _within(effort):
             if not turn_taken:
                 await self.turn(effort)
-            return await self._run(run_id, effort, self._v2 if self.reads_v2 else self._v1)
+            return await self._run("run", run_id, effort, self._v2 if self.reads_v2 else self._v1)
 
-    async def _run(self, run_id: str, effort: Effort, root: str) -> RunRecord:
-        record = read_run(await self._ask("GET", f"{root}/runs/{_quoted(run_id)}", effort))
+    async def _run(self, call: str, run_id: str, effort: Effort, root: str) -> RunRecord:
+        record = read_run(await self._ask(call, "GET", f"{root}/runs/{_quoted(run_id)}", effort))
         if record is None:
             raise NoAnswer("HappyRobot answered with something unreadable")
         return record
@@ -285,12 +295,12 @@ class HappyRobot:
         async with _within(effort, _LONGEST_RECORD):
             await self.turn(effort)
             try:
-                return await self._run(run_id, effort, self._v1)
+                return await self._run("record", run_id, effort, self._v1)
             except NoAnswer:
                 if not self.reads_v2:
                     raise
             await self.turn(effort)
-            record = await self._run(run_id, effort, self._v2)
+            record = await self._run("record", run_id, effort, self._v2)
             sessions = [
                 session.model_copy(update={"messages": await self._messages(session.id, effort)})
                 if session.id
@@ -304,7 +314,7 @@ class HappyRobot:
         for page in range(1, _PAGES + 1):
             await self.turn(effort)
             url = f"{self._v2}/runs/{_quoted(run_id)}/sessions"
-            sessions, more = read_sessions(await self._ask("GET", url, effort, page=page, sort="asc"))
+            sessions, more = read_sessions(await self._ask("sessions", "GET", url, effort, page=page, sort="asc"))
             found += sessions
             if not more:
                 break
@@ -315,7 +325,8 @@ class HappyRobot:
         for page in range(1, _PAGES + 1):
             await self.turn(effort)
             url = f"{self._v2}/sessions/{_quoted(session_id)}/messages"
-            messages, more = read_messages(await self._ask("GET", url, effort, page=page, page_size=100, sort="asc"))
+            answer = await self._ask("messages", "GET", url, effort, page=page, page_size=100, sort="asc")
+            messages, more = read_messages(answer)
             found += messages
             if not more:
                 break
@@ -325,7 +336,8 @@ class HappyRobot:
         """Links to a run's recordings, which HappyRobot signs anew for each request."""
         async with _within(effort):
             await self.turn(effort)
-            return read_recordings(await self._ask("GET", f"{self._v1}/runs/{_quoted(run_id)}/recordings", effort))
+            url = f"{self._v1}/runs/{_quoted(run_id)}/recordings"
+            return read_recordings(await self._ask("recordings", "GET", url, effort))
 
     async def cancel(self, run_id: str, effort: Effort) -> str | None:
         """Asks HappyRobot to stop a run; returns its word for where the run stands now, if it gives one.
@@ -334,14 +346,20 @@ class HappyRobot:
         """
         async with _within(effort):
             await self.turn(effort)
-            answer = await self._ask("POST", f"{self._v2}/runs/{_quoted(run_id)}/cancel", effort)
+            answer = await self._ask("cancel", "POST", f"{self._v2}/runs/{_quoted(run_id)}/cancel", effort)
         word = answer.get("status") if isinstance(answer, dict) else None
         return word if isinstance(word, str) else None
 
-    async def _ask(self, method: str, url: str, effort: Effort, **query: str | int) -> Any:
+    async def _ask(self, call: str, method: str, url: str, effort: Effort, **query: str | int) -> Any:
         key = self._settings.happyrobot_api_key
         if key is None:
             raise NoKey("HAPPYROBOT_API_KEY is not set")
+        with _measured(call):
+            return await self._ask_with(key, method, url, effort, query)
+
+    async def _ask_with(
+        self, key: SecretStr, method: str, url: str, effort: Effort, query: Mapping[str, str | int]
+    ) -> Any:
         headers = {"Authorization": f"Bearer {key.get_secret_value()}"}
         if self._settings.happyrobot_org_id:
             headers["x-organization-id"] = self._settings.happyrobot_org_id
@@ -362,7 +380,9 @@ class HappyRobot:
         if refused and not self._key_refused:
             log.error("HappyRobot refuses HAPPYROBOT_API_KEY; is it of this region and organisation?", status=status)
         self._key_refused = refused  # said once, until it is good again
-        if method == "POST" and response.is_client_error and not refused and status not in _WORTH_ANOTHER_TRY:
+        if refused:
+            raise KeyRefused(f"HappyRobot answered {status}")
+        if method == "POST" and response.is_client_error and status not in _WORTH_ANOTHER_TRY:
             raise Refused(status)
         if not response.is_success:
             raise NoAnswer(f"HappyRobot answered {status}")
@@ -402,21 +422,65 @@ async def _within(effort: Effort, in_background: float | None = None) -> AsyncIt
         raise NoAnswer("HappyRobot takes too long to answer") from error
 
 
+_OUTCOMES: dict[type[Exception], str] = {
+    NotSent: "not_sent",
+    Refused: "refused",
+    Unknown: "unknown",
+    NotKnown: "not_known",
+    KeyRefused: "key_refused",
+    Unreadable: "unreadable",
+}
+
+
+@contextlib.contextmanager
+def _measured(call: str) -> Iterator[None]:
+    """Counts a request to HappyRobot, and what became of it."""
+    began = time.monotonic()
+    outcome = "no_answer"  # also where nobody can wait for it any longer
+    try:
+        yield
+        outcome = "answered"
+    except HappyRobotError as error:
+        outcome = _OUTCOMES.get(type(error), outcome)
+        raise
+    finally:
+        metrics.UPSTREAM_SECONDS.labels(call).observe(time.monotonic() - began)
+        metrics.UPSTREAM_REQUESTS.labels(call, outcome).inc()
+
+
 class _TooMuch(httpx.DecodingError):
     """An answer that is larger than anything of use."""
 
 
 async def _send(client: httpx.AsyncClient, request: httpx.Request) -> tuple[httpx.Response, bytes]:
-    response = await client.send(request, stream=True)
+    with tracing.call(request.method, request.url.host) as answered:
+        response = await client.send(request, stream=True)
+        answered(response.status_code)
+        try:
+            body = bytearray()
+            async for chunk in response.aiter_bytes():
+                body += chunk
+                if len(body) > _MAX_ANSWER:
+                    raise _TooMuch("the answer is too large", request=request)
+            return response, bytes(body)
+        finally:
+            await response.aclose()
+
+
+async def reach(hook: Hook) -> None:
+    """Connects to a hook's host, encrypted if its address is, and says nothing: a request would be a phone call.
+
+    Raises NotSent.
+    """
+    url = httpx.URL(hook.url)
+    encrypted = url.scheme == "https"
     try:
-        body = bytearray()
-        async for chunk in response.aiter_bytes():
-            body += chunk
-            if len(body) > _MAX_ANSWER:
-                raise _TooMuch("the answer is too large", request=request)
-        return response, bytes(body)
-    finally:
-        await response.aclose()
+        async with asyncio.timeout(_CONNECT_TIMEOUT):
+            context = _certificates() if encrypted else None
+            _, writer = await asyncio.open_connection(url.host, url.port or (443 if encrypted else 80), ssl=context)
+    except (OSError, UnicodeError) as error:
+        raise NotSent(f"HappyRobot cannot be reached ({type(error).__name__})") from error
+    writer.transport.abort()
 
 
 async def _happyrobot(connection: HTTPConnection) -> HappyRobot:

@@ -9,9 +9,12 @@ from typing import Self
 import structlog
 from redis.asyncio import Redis
 
+from switchboard import metrics
 from switchboard.events import Event
+from switchboard.leaving import LAST_WORDS, Leaving
 from switchboard.live.channel import Channel
 from switchboard.live.messages import pack
+from switchboard.tasks import end
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -29,10 +32,11 @@ class Announcer:
     called then, so that this process's own readers need not wait for their next look.
     """
 
-    def __init__(self, redis: Redis, channel: Channel, on_failure: Callable[[], None]) -> None:
+    def __init__(self, redis: Redis, channel: Channel, on_failure: Callable[[], None], leaving: Leaving) -> None:
         self._redis = redis
         self._channel = channel
         self._on_failure = on_failure
+        self._leaving = leaving
         self._waiting: deque[Event] = deque(maxlen=_MAX_WAITING)
         self._news = asyncio.Event()
         self._healthy = True
@@ -51,10 +55,11 @@ class Announcer:
         try:
             yield self
         finally:
-            # Not cancelled, for what it is sending just now would be lost.
             self._stopping = True
             self._news.set()
-            await task
+            self._leaving.begin()
+            await asyncio.wait({task}, timeout=self._leaving.left(LAST_WORDS))
+            await end(task)
 
     async def _publish_until_stopped(self) -> None:
         while not self._stopping:
@@ -71,6 +76,8 @@ class Announcer:
             if self._healthy:
                 log.warning("events are not announced; streams read from PostgreSQL", error=error)
             self._healthy = False
+            metrics.ANNOUNCEMENTS.labels("failed").inc()
             self._on_failure()
         else:
             self._healthy = True
+            metrics.ANNOUNCEMENTS.labels("published").inc()

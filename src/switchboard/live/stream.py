@@ -1,11 +1,12 @@
 """Server-sent events: replay from PostgreSQL, then follow, without a gap between the two."""
 
+import contextlib
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Annotated, cast
+from typing import Annotated
 
 import anyio
 import structlog
@@ -15,11 +16,12 @@ from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import SendTimeoutError
+from sse_starlette.sse import AppStatus, SendTimeoutError
 from starlette.responses import Response
 from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
+from switchboard import metrics
 from switchboard.access.callers import Reader
 from switchboard.access.limits import address_of
 from switchboard.access.seats import CurrentSeats
@@ -27,6 +29,7 @@ from switchboard.bodies import Id
 from switchboard.database import Db
 from switchboard.errors import BadRequest, Forbidden, NotFound, described
 from switchboard.events import Scope, read_events
+from switchboard.leaving import GOODBYE, CurrentLeaving, Leaving
 from switchboard.live.hub import CurrentHub, Follower, Hub
 from switchboard.live.messages import Frame
 from switchboard.tables import FINAL, RunStatus, agent_runs
@@ -47,8 +50,8 @@ _SEND_TIMEOUT = 30
 _PAGE = 500
 """Events read at once for a replay."""
 
-_GRACE = 3
-"""Seconds that streams have to say goodbye when the process stops."""
+# The hub says goodbye, and not this library's own look at the server's signal handlers.
+AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
 _RESUMED_AT = re.compile(r"(\d{1,18})(\.end)?")
 
@@ -93,6 +96,7 @@ async def follow_events(
     db: Db,
     hub: CurrentHub,
     seats: CurrentSeats,
+    leaving: CurrentLeaving,
     caller: Reader,
     context_id: Annotated[Id | None, Query(description="Only events of this context.")] = None,
     run_id: Annotated[Id | None, Query(description="Only events of this run; ends when the run is over.")] = None,
@@ -116,7 +120,7 @@ async def follow_events(
     if run_id is not None and await _status(db, wanted) in FINAL and seen_end:
         # The one answer that stops an EventSource from reconnecting.
         return Response(status_code=204)
-    return EventStream(db, hub, wanted, after, partial(seats.taken, caller, address_of(request)))
+    return EventStream(db, hub, leaving, wanted, after, partial(seats.taken, caller, address_of(request)))
 
 
 def _resumed_at(text: str | None) -> tuple[int | None, bool]:
@@ -143,29 +147,20 @@ TakeSeat = Callable[[Callable[[], None]], AbstractContextManager[None]]
 """Lets the caller have a stream, and is told how to end it."""
 
 
-class _Goodbye:
-    """What the response sets when the server is told to stop."""
-
-    def __init__(self, hub: Hub) -> None:
-        self._hub = hub
-
-    def set(self) -> None:
-        self._hub.close()
-
-
 class EventStream(EventSourceResponse):
     """The response. It joins the hub before its headers are sent: whoever has seen them misses nothing."""
 
-    def __init__(self, db: AsyncEngine, hub: Hub, wanted: Scope, after: int | None, take_seat: TakeSeat) -> None:
+    def __init__(
+        self, db: AsyncEngine, hub: Hub, leaving: Leaving, wanted: Scope, after: int | None, take_seat: TakeSeat
+    ) -> None:
         self._db = db
         self._hub = hub
+        self._leaving = leaving
         self._wanted = wanted
         self._after = after
         self._take_seat = take_seat
         super().__init__(
             iter(()),  # until the hub is joined
-            shutdown_event=cast("anyio.Event", _Goodbye(hub)),
-            shutdown_grace_period=_GRACE,
             ping=HEARTBEAT,
             ping_message_factory=lambda: ServerSentEvent(comment="still here", sep="\n"),
             send_timeout=_SEND_TIMEOUT,
@@ -176,11 +171,22 @@ class EventStream(EventSourceResponse):
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         try:
             async with self._hub.following(self._wanted) as follower:
-                with self._take_seat(follower.dismiss):
+                taken = self._take_seat(follower.dismiss)
+                with taken, metrics.OPEN_STREAMS.track_inprogress(), self._until_long_gone():
                     self.body_iterator = follow(self._db, self._hub, follower, self._after)
                     await super().__call__(scope, receive, send)
         except SendTimeoutError:
             log.info("browser that did not read was sent away")
+
+    @contextlib.contextmanager
+    def _until_long_gone(self) -> Iterator[None]:
+        with anyio.CancelScope() as scope:
+
+            def hurry() -> None:
+                scope.deadline = anyio.current_time() + GOODBYE
+
+            with self._leaving.telling(hurry):
+                yield
 
 
 async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | None) -> AsyncIterator[bytes]:
@@ -205,6 +211,7 @@ async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | Non
                 sent = page[-1].event.id
                 status = page[-1].event.status
                 over = run_id is not None and status in FINAL
+                metrics.note_sent(page[0].written_at)
                 yield b"".join(frame.sse for frame in page)
     except (SQLAlchemyError, OSError) as error:
         # The browser reconnects and resumes; by then PostgreSQL may be back.

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import structlog
+from opentelemetry.trace import format_trace_id, get_current_span
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, Processor
 
@@ -67,6 +68,7 @@ def _formatter(settings: Settings) -> logging.Formatter:
     clean = redactor(secrets_of(settings))
     processors: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        _traced,
         _headed,
         lambda _, __, line: clean(line),  # last, so that nothing escapes it
     ]
@@ -104,6 +106,12 @@ def _foreign(_: object, __: str, line: EventDict) -> EventDict:
         first = "exception"
     line["event"] = first
     return line
+
+
+def _traced(_: object, __: str, line: EventDict) -> EventDict:
+    """Names the trace of the request or the job, where there is one."""
+    context = get_current_span().get_span_context()
+    return {**line, "trace_id": format_trace_id(context.trace_id)} if context.is_valid else line
 
 
 def _headed(_: object, __: str, line: EventDict) -> EventDict:

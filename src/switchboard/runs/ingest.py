@@ -64,7 +64,7 @@ from switchboard.tables import (
 #
 # Whoever vanishes in the middle of a turn (its network was cut) must not keep it, and a row that a foreign session has
 # locked must not either. Set for the transaction alone, which works behind a pooler, too.
-_TURN = text(
+TURN = text(
     "SELECT set_config('lock_timeout', '3s', true), set_config('idle_in_transaction_session_timeout', '5s', true), "
     "pg_advisory_xact_lock(7308060441651407467)"
 )
@@ -84,7 +84,7 @@ async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after:
     The caller announces the events once it has committed, and locks nothing before this call that another writer
     could wait for: turns come first. `reconcile_after` is in seconds.
     """
-    await conn.execute(_TURN)
+    await conn.execute(TURN)
     verdicts = await approvals.decide(conn, [item for item in news if isinstance(item, Decision)])
     events = [item for item in news if isinstance(item, NewEvent)]
     soon = timedelta(seconds=reconcile_after)

@@ -13,18 +13,17 @@ from starlette.requests import HTTPConnection
 
 from switchboard.errors import Unavailable, postgres_is_away
 from switchboard.events import NewEvent
+from switchboard.leaving import LAST_NEWS, LAST_WORDS, Leaving
 from switchboard.live.announcer import Announcer
 from switchboard.runs.ingest import write
 from switchboard.runs.sorting import News, Outcome
+from switchboard.tasks import end
 
 MAX_WAITING = 2_000
 """News that may wait; beyond it a caller is told to come back."""
 
 MAX_BATCH = 200
 """News in one transaction."""
-
-_LAST_NEWS = 5.0
-"""Seconds for which a service that stops stays open for news that are expected."""
 
 _Waiting = tuple[News, asyncio.Future[Outcome]]
 
@@ -36,9 +35,10 @@ class Intake:
     database anyway, so more than one at a time in a process would only wait for each other.
     """
 
-    def __init__(self, db: AsyncEngine, announcer: Announcer, *, reconcile_after: float = 15) -> None:
+    def __init__(self, db: AsyncEngine, announcer: Announcer, leaving: Leaving, *, reconcile_after: float = 15) -> None:
         self._db = db
         self._announcer = announcer
+        self._leaving = leaving
         self._reconcile_after = reconcile_after
         self._waiting: deque[_Waiting] = deque()
         self._writing: asyncio.Task[None] | None = None
@@ -79,10 +79,13 @@ class Intake:
         try:
             yield self
         finally:
+            self._leaving.begin()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._nothing_expected.wait(), _LAST_NEWS)
-            if self._writing is not None:
-                await self._writing
+                await asyncio.wait_for(self._nothing_expected.wait(), self._leaving.left(LAST_NEWS))
+            if (writing := self._writing) is not None:
+                # What a database that does not answer keeps from being written was not answered 200.
+                await asyncio.wait({writing}, timeout=self._leaving.left(LAST_WORDS))
+                await end(writing)
 
     async def _write_all(self) -> None:
         try:

@@ -7,6 +7,7 @@ import structlog
 from sqlalchemy import ColumnElement, Float, Select, and_, cast, exists, extract, func, literal_column, or_, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from switchboard import metrics
 from switchboard.events import NewEvent
 from switchboard.happyrobot.client import BACKGROUND, HappyRobot, NoAnswer
 from switchboard.happyrobot.lookups import Lookups
@@ -73,6 +74,15 @@ class Patience:
     def _bearable(self, watch: Watch) -> float:
         """How long silence is borne; people who decide may sleep over it."""
         return max(self.stale_after, GIVE_UP_AFTER) if watch.waits else self.stale_after
+
+
+def outcome(before: Standing, after: Standing, *, asked: bool, heard: bool) -> str:
+    """What a look at a run has brought, in a word."""
+    if after != before:
+        return "timed_out" if after.timed_out else "moved"
+    if heard:
+        return "unchanged"
+    return "no_answer" if asked else "no_key"
 
 
 def jittered(pause: float) -> float:
@@ -157,16 +167,21 @@ class Reconciler:
     async def _look(self, run_id: str, watch: Watch, *, anew: bool) -> float | None:
         if watch.standing.settled:
             return await self._fetch_record(run_id, watch)
-        heard = False
-        if self._happyrobot.can_be_asked:
+        heard, can_be_asked = False, self._happyrobot.can_be_asked
+        if can_be_asked:
             answer = await self._lookups.ask(run_id, BACKGROUND, anew=anew)
             if not answer.asked:
+                metrics.RECONCILIATIONS.labels("no_turn").inc()
                 return _NO_TURN_PAUSE
             heard = answer.heard
         if not heard and self._patience.is_stale(watch):
             await self._time_out(run_id, watch)
         after = await _watch(self._db, run_id)
-        if after is None or (pause := self._patience.pause(after)) is None:
+        if after is None:
+            return None
+        brought = outcome(watch.standing, after.standing, asked=can_be_asked, heard=heard)
+        metrics.RECONCILIATIONS.labels(brought).inc()
+        if (pause := self._patience.pause(after)) is None:
             return None
         if after.standing.settled:
             return 0.0  # for its record

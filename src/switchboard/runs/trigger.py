@@ -18,6 +18,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from switchboard import tracing
 from switchboard.access.callers import Caller
 from switchboard.access.quotas import count_one, require_room
 from switchboard.bodies import Id, ShortText, Text
@@ -164,6 +165,7 @@ async def store(
         known = await _known(conn, owner, execution)
         assert known is not None  # noqa: S101  # nothing else is unique, and the insert has waited for it
         return known
+    tracing.about(execution_id=execution.id)
     if caller.key is not None:
         # Last: others of this key wait from here until the commit.
         await count_one(conn, caller.key)

@@ -1,0 +1,164 @@
+"""What those ask who run the service: does the process live, can it serve, what has it measured?"""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import structlog
+from fastapi import APIRouter, Depends, Response
+from prometheus_client import Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+from pydantic import BaseModel
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from sqlalchemy import column, select, table
+from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from starlette.requests import HTTPConnection
+
+from switchboard import jobs, metrics
+from switchboard.access.callers import Operator
+from switchboard.database import Db
+from switchboard.errors import described
+from switchboard.migrate import earlier_revisions
+
+log = structlog.stdlib.get_logger(__name__)
+
+router = APIRouter(tags=["operations"])
+
+_PATIENCE = 2.0
+"""Seconds after which PostgreSQL or Redis counts as away for those who ask here."""
+
+
+@router.get("/healthz", summary="Is the process alive?")
+@router.head("/healthz", include_in_schema=False)
+async def healthz() -> dict[str, str]:
+    """Answers as long as the process does; says nothing about what it depends on."""
+    return {"status": "ok"}
+
+
+class Checks(BaseModel):
+    """What the service depends on."""
+
+    postgresql: Literal["ok", "away"]
+    migrations: Literal["ok", "behind", "unknown"]
+    redis: Literal["ok", "away"]
+
+
+class Readiness(BaseModel):
+    """Whether requests should be sent here."""
+
+    status: Literal["ready", "degraded", "not ready"]
+    checks: Checks
+
+
+async def _redis(connection: HTTPConnection) -> Redis:
+    redis: Redis = connection.state.redis
+    return redis
+
+
+@router.get(
+    "/readyz",
+    summary="Can the process serve?",
+    responses={503: {"model": Readiness, "description": "PostgreSQL is away, or its schema is older than needed."}},
+)
+@router.head("/readyz", include_in_schema=False)
+async def readyz(db: Db, redis: Annotated[Redis, Depends(_redis)], response: Response) -> Readiness:
+    """503 without PostgreSQL, or on a schema that is older than this version needs; answered within two seconds.
+
+    Without Redis it is `degraded`, and 200: callbacks are taken and streams keep up from PostgreSQL, and as all
+    replicas miss the same Redis, a load balancer that believed otherwise would be left with none. A schema newer
+    than ours is `ok`: during a deployment the first of the new version brings it.
+    """
+    (postgresql, migrations), its_redis = await asyncio.gather(_look_at_postgresql(db), _look_at_redis(redis))
+    checks = Checks(postgresql=postgresql, migrations=migrations, redis=its_redis)
+    if migrations != "ok":
+        response.status_code = 503
+        return Readiness(status="not ready", checks=checks)
+    return Readiness(status="ready" if its_redis == "ok" else "degraded", checks=checks)
+
+
+_alembic = table("alembic_version", column("version_num"))
+
+
+async def _look_at_postgresql(db: AsyncEngine) -> tuple[Literal["ok", "away"], Literal["ok", "behind", "unknown"]]:
+    """Whether it answers, over a connection such as every request needs, and whether its schema is new enough."""
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            # Reads the migrations when it is asked for the first time.
+            earlier = await asyncio.to_thread(earlier_revisions)
+            async with db.connect() as conn:
+                revision = await conn.scalar(select(_alembic.c.version_num))
+    except ProgrammingError:
+        return "ok", "behind"  # there is no such table
+    except (SQLAlchemyError, OSError) as error:
+        log.debug("not ready", error=error)
+        return "away", "unknown"
+    return "ok", "behind" if revision is None or revision in earlier else "ok"
+
+
+async def _look_at_redis(redis: Redis) -> Literal["ok", "away"]:
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            await redis.ping()
+    except (RedisError, OSError) as error:
+        log.debug("without Redis", error=error)
+        return "away"
+    return "ok"
+
+
+@router.get(
+    "/metrics",
+    summary="Read metrics",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "In Prometheus's text format.",
+            "content": {"text/plain": {"schema": {"type": "string"}}},
+        },
+        **described(400, 401, 403, 429),
+    },
+)
+async def read_metrics(db: Db, _: Operator) -> Response:
+    """What this process, or all of `serve --workers`, has measured, and what waits in the job queue.
+
+    For API keys of an operator, and for tokens with the right `operate`. Without what PostgreSQL knows while that is
+    away, so far as it is not needed to tell who is asking.
+    """
+    return Response(metrics.rendered(*await _job_queue(db)), media_type=metrics.CONTENT_TYPE)
+
+
+async def _job_queue(db: AsyncEngine) -> list[Collector]:
+    """The queue as everybody sees it, which is why no process keeps it; nothing while PostgreSQL does not answer."""
+    try:
+        async with asyncio.timeout(_PATIENCE), db.connect() as conn:
+            return [_JobQueue(await jobs.piles(conn))]
+    except (SQLAlchemyError, OSError) as error:
+        log.warning("metrics lack the job queue", error=error)
+        return []
+
+
+class _JobQueue(Collector):
+    def __init__(self, piles: Iterable[jobs.Pile]) -> None:
+        self._numbers = {(job, state): 0 for job in jobs.EVERY for state in jobs.STATES}
+        self._oldest = dict.fromkeys(jobs.EVERY, 0.0)
+        for pile in piles:
+            self._numbers[pile.job, pile.state] = pile.number
+            if pile.state == jobs.DUE:
+                self._oldest[pile.job] = pile.oldest
+
+    def collect(self) -> Iterable[Metric]:
+        numbers = GaugeMetricFamily(
+            "switchboard_jobs",
+            "Jobs of all workers: waiting for their time, due, running, failed.",
+            labels=["kind", "state"],
+        )
+        for labels, number in self._numbers.items():
+            numbers.add_metric(labels, number)
+        oldest = GaugeMetricFamily(
+            "switchboard_oldest_due_job_seconds", "For how long the first of the jobs has been due.", labels=["kind"]
+        )
+        for job, seconds in self._oldest.items():
+            oldest.add_metric([job], seconds)
+        return [numbers, oldest]

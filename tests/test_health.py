@@ -1,0 +1,102 @@
+"""What those learn who run the service: does it live, can it serve?"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from switchboard import health
+from switchboard.migrate import migrate
+from tests.conftest import Servers, Service, new_database, run_sql, running_service, settings_for
+
+NO_POSTGRES = "postgresql://somebody:secret@127.0.0.1:1/switchboard"
+NO_REDIS = "redis://somebody:secret@127.0.0.1:1/0"
+READY = {"status": "ready", "checks": {"postgresql": "ok", "migrations": "ok", "redis": "ok"}}
+
+
+async def asked(service: Service) -> tuple[int, Any]:
+    answer = await service.http.get("/readyz")
+    return answer.status_code, answer.json()
+
+
+async def told(database_url: str, redis_url: str) -> tuple[int, Any]:
+    """What a service with these servers says."""
+    async with running_service(settings_for(database_url, redis_url, None)) as service:
+        return await asked(service)
+
+
+@contextlib.asynccontextmanager
+async def silent() -> AsyncIterator[str]:
+    """Where somebody takes connections and says nothing."""
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(take, "127.0.0.1", 0) as server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+async def test_monitors_may_ask_without_wanting_the_answer(service: Service, path: str):
+    whole, head = await service.http.get(path), await service.http.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == whole.headers["content-length"]
+
+
+async def test_a_service_that_has_everything_is_ready(service: Service):
+    assert await asked(service) == (200, READY)
+
+
+async def test_without_postgresql_it_is_not_ready_and_alive(servers: Servers):
+    async with running_service(settings_for(NO_POSTGRES, servers.redis_url, None)) as service:
+        checks = {"postgresql": "away", "migrations": "unknown", "redis": "ok"}
+        assert await asked(service) == (503, {"status": "not ready", "checks": checks})
+        assert (await service.http.head("/readyz")).status_code == 503
+        assert (await service.http.get("/healthz")).json() == {"status": "ok"}
+
+
+async def test_without_redis_it_goes_on_and_says_so(database_url: str):
+    assert await told(database_url, NO_REDIS) == (
+        200,
+        {"status": "degraded", "checks": {"postgresql": "ok", "migrations": "ok", "redis": "away"}},
+    )
+
+
+async def test_servers_that_say_nothing_are_not_waited_for_for_long(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(health, "_PATIENCE", 0.2)
+    checks = {"postgresql": "away", "migrations": "unknown", "redis": "away"}
+    async with silent() as address:
+        settings = settings_for(f"postgresql://somebody@{address}/x", f"redis://{address}", None)
+        async with running_service(settings) as service:
+            # Sooner than the five seconds after which a connection to PostgreSQL is given up.
+            async with asyncio.timeout(4):
+                assert await asked(service) == (503, {"status": "not ready", "checks": checks})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE alembic_version SET version_num = '0001'",
+        "DELETE FROM alembic_version",
+        "DROP TABLE alembic_version",
+    ],
+)
+async def test_on_an_older_schema_it_is_not_ready(own_database: str, servers: Servers, change: str):
+    await run_sql(own_database, change)
+    checks = {"postgresql": "ok", "migrations": "behind", "redis": "ok"}
+    assert await told(own_database, servers.redis_url) == (503, {"status": "not ready", "checks": checks})
+
+
+async def test_it_becomes_ready_with_the_migration(servers: Servers):
+    async with new_database(servers) as url, running_service(settings_for(url, servers.redis_url, None)) as service:
+        assert (await asked(service))[1]["checks"]["migrations"] == "behind"
+        await migrate(url)
+        assert await asked(service) == (200, READY)
+
+
+async def test_on_a_newer_schema_it_is_ready_for_a_deployment_has_begun(own_database: str, servers: Servers):
+    await run_sql(own_database, "UPDATE alembic_version SET version_num = 'of a version to come'")
+    assert await told(own_database, servers.redis_url) == (200, READY)
