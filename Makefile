@@ -38,9 +38,12 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: ## Resolve the dependencies anew
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-strip-extras --upgrade \
-	  --extra embedded --extra dev pyproject.toml -o requirements.lock
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-strip-extras
+
+lock: ## Resolve the dependencies anew: all of them, those of the image, and what builds the wheel in it
+	$(COMPILE) --upgrade --extra embedded --extra dev --extra otel pyproject.toml -o requirements.lock
+	$(COMPILE) --constraints requirements.lock --extra otel pyproject.toml -o requirements.production.lock
+	echo hatchling | $(COMPILE) --constraints requirements.lock - -o requirements.build.lock
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* htmlcov dist

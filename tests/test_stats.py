@@ -54,7 +54,7 @@ async def test_runs_are_counted_by_status_by_hour_and_by_workflow(db: AsyncEngin
     assert found.by_status == NONE | {"COMPLETED": 4, "FAILED": 1, "RUNNING": 1}
     assert [(hour.hour.hour, hour.total) for hour in found.by_hour] == [(10, 4), (11, 2), (12, 0)]
     assert found.by_hour[1].by_status == NONE | {"FAILED": 1, "RUNNING": 1}
-    assert [(each.workflow_id, each.total, each.by_status["RUNNING"]) for each in found.by_workflow] == [
+    assert [(each.workflow_id, each.total, each.by_status[RunStatus.RUNNING]) for each in found.by_workflow] == [
         ("default", 5, 0),
         ("other", 1, 1),
     ]
@@ -77,7 +77,7 @@ async def test_what_is_under_way_counts_whenever_it_began(db: AsyncEngine, conte
 
 async def test_only_one_workflow_is_counted_if_that_is_wanted(db: AsyncEngine, context: str):
     found = await counted(db, context, workflow_id="other")
-    assert (found.total, found.under_way, found.by_status["COMPLETED"]) == (1, 1, 0)
+    assert (found.total, found.under_way, found.by_status[RunStatus.COMPLETED]) == (1, 1, 0)
     assert found.durations.p50 is None
 
 
@@ -97,7 +97,7 @@ async def test_what_is_not_to_be_seen_is_not_counted(db: AsyncEngine, context: s
 async def test_a_row_of_somebody_else_without_an_end_has_no_duration(db: AsyncEngine, context_id: str):
     await add(db, context_id, NOON, "COMPLETED")
     found = await counted(db, context_id)
-    assert found.by_status["COMPLETED"] == 1
+    assert found.by_status[RunStatus.COMPLETED] == 1
     assert (found.durations.runs, found.durations.p50) == (0, None)
 
 
