@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,12 @@ def test_a_taken_port_is_named():
             assert another.getsockname()[1] not in (0, port)
         with pytest.raises(local.PortTaken, match=f"port {port}"), local.listening(local.LOOPBACK, port):
             pass
+
+
+def test_processes_without_a_folder_for_their_metrics_say_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/null/x")
+    with pytest.raises(local.NoFolder, match="set TMPDIR"), local.metrics_together():
+        pass
 
 
 def test_a_child_that_does_not_start_is_noticed():

@@ -8,7 +8,6 @@ import contextlib
 import gc
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -90,6 +89,7 @@ def _said(error: Exception) -> str:
             | DemoFailed()
             | local.ChildFailed()
             | local.PortTaken()
+            | local.NoFolder()
             | local.SecretNotKept()
         ):
             return str(error)
@@ -179,8 +179,7 @@ def serve(
         )
         if workers > 1:
             # Only now: this process has nothing to add to what they measure.
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="switchboard-metrics-"))
-            stack.enter_context(local.environment(PROMETHEUS_MULTIPROC_DIR=folder))
+            stack.enter_context(local.metrics_together())
             Multiprocess(config, [listener]).run()
         else:
             uvicorn.Server(config).run([listener])

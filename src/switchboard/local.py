@@ -32,6 +32,10 @@ class SecretNotKept(Exception):
     """The data folder takes none."""
 
 
+class NoFolder(Exception):
+    """This machine has none that can be written."""
+
+
 class ChildFailed(Exception):
     """A process that was started beside this one left at once."""
 
@@ -71,6 +75,17 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def metrics_together() -> Iterator[None]:
+    """Lets the processes that are started from here keep their metrics in one folder, where each finds all of them."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="switchboard-metrics-")
+    except OSError as error:
+        raise NoFolder("several processes need a temporary folder for their metrics; set TMPDIR to one") from error
+    with folder as name, environment(PROMETHEUS_MULTIPROC_DIR=name):
+        yield
 
 
 @contextlib.contextmanager
