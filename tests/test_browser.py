@@ -66,6 +66,23 @@ async ([contextId, address, options]) => {
 }
 """
 
+POLL = """
+async contextId => {
+  const ask = async (path, options) => (await fetch(`/api/happyrobot/${path}`, options)).json();
+  const list = async () => (await ask(`runs?context_id=${contextId}`)).map(run => [run.runId, run.status]);
+  const before = await list();
+  const headers = { "Content-Type": "application/json" };
+  const body = JSON.stringify({ context_id: contextId, customer: "C1" });
+  const { run_ids: [runId] } = await ask("trigger", { method: "POST", headers, body });
+  let answer;
+  do {
+    await new Promise(done => setTimeout(done, 20));
+    answer = await ask(`status?run_id=${runId}`);
+  } while (!["completed", "failed", "canceled"].includes(answer.status));
+  return [before, [[runId, answer.status.toUpperCase()]], await list()];
+}
+"""
+
 READ = """
 async ([address, options]) => {
   try {
@@ -191,6 +208,15 @@ async def test_no_page_elsewhere_places_calls_where_no_credentials_are_needed(
         assert await tab.page.evaluate(TRIGGER, [context_id, service.url, {}]) == "refused"
         assert await tab.page.evaluate(READ, [service.url, {}]) == "refused"
     assert len(upstream.simulator.calls) == before
+
+
+async def test_a_page_that_only_polls_sees_a_run_through(tab: Tab, service: Service, context_id: str):
+    """As frontends do that know the guide alone: list, trigger, poll, list again."""
+    await tab.page.goto(f"{service.url}/docs")
+    before, told, after = await tab.page.evaluate(POLL, context_id)
+    assert before == []
+    assert told == after
+    assert after[0][1] == "COMPLETED"
 
 
 async def test_an_origin_that_is_named_asks_with_a_token_of_its_own(
