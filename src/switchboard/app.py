@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from switchboard import __version__, callbacks, edge, errors, logs, reference
+from switchboard import __version__, callbacks, console, edge, errors, health, logs, reference, tracing
 from switchboard.access import routes as access
 from switchboard.deliveries import routes as deliveries
 from switchboard.live import stream
@@ -34,7 +34,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         async with connected(settings, upstream) as state, working(state) if worker else nullcontext():
-            yield state
+            with state["leaving"].with_server():
+                yield state
 
     app = FastAPI(
         title="Switchboard",
@@ -43,9 +44,12 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # both would be pages that load their scripts from another host
         redoc_url=None,
+        # FastAPI's own spans, which it would make for anybody's provider, hold paths and queries.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     errors.install(app)
     edge.install(app, settings)
+    app.add_middleware(tracing.Traced)
     app.include_router(calling.router)
     app.include_router(reading.router)
     app.include_router(stats.router)
@@ -56,11 +60,8 @@ def create_app(
     app.include_router(access.router)
     app.include_router(public.router)
     app.include_router(reference.router)
-
-    @app.get("/healthz", tags=["operations"], summary="Is the process alive?")
-    async def healthz() -> dict[str, str]:
-        """Answers as long as the process does; says nothing about what it depends on."""
-        return {"status": "ok"}
+    app.include_router(console.router)
+    app.include_router(health.router)
 
     document = app.openapi
 
@@ -88,7 +89,9 @@ def _corrected(document: dict[str, Any], *, anonymous: bool) -> dict[str, Any]:
                     response["headers"] = RATE_HEADERS
             if "security" in operation:
                 ways = [way for way in operation["security"] if way and (method == "get" or "access_token" not in way)]
-                if operation["tags"] in (access.router.tags, public.router.tags):
+                if operation["tags"] == public.router.tags or (
+                    operation["tags"] == access.router.tags and method != "get"
+                ):
                     ways = [way for way in ways if "bearer" in way]  # nothing that a browser sends by itself
                 everybody = anonymous and operation["tags"] != public.router.tags
                 operation["security"] = [{}, *ways] if everybody else ways
