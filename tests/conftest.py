@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import io
+import logging
 import os
 import re
 import shutil
@@ -402,11 +403,11 @@ async def tab(browser: Browser) -> AsyncIterator[Tab]:
     assert [said for said in tab.complaints if not any(part in said for part in tab.expected)] == []
 
 
-async def until(condition: Callable[[], Awaitable[bool]], *, within: float = 60) -> None:
+async def until(condition: Callable[[], Awaitable[bool] | bool], *, within: float = 60) -> None:
     """Waits for something that only looking can tell."""
     async with asyncio.timeout(within):
-        while not await condition():  # noqa: ASYNC110  # it is in a database
-            await asyncio.sleep(0.05)
+        while not (await found if isinstance(found := condition(), Awaitable) else found):  # noqa: ASYNC110  # as it is
+            await asyncio.sleep(0.02)
 
 
 @dataclass(frozen=True)
@@ -440,7 +441,11 @@ def switchboard(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
             patch.setattr(signal, "signal", lambda *_: None)  # a command's handlers are its process's
             for name, value in variables.items():
                 patch.setenv(name, value)
+            # What is worth a line to it is not what is worth one to other tests.
+            levels = {name: logging.getLogger(name).level for name in ("", "switchboard")}
             error = beside_the_event_loop.submit(cli.main).exception()
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
         assert isinstance(error, SystemExit)
         out, err = capsys.readouterr()
         # The log is that of services in this process, which have nothing to do with the command.

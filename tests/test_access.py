@@ -127,7 +127,7 @@ ANSWERS: dict[tuple[str, str], dict[str, int]] = {
     RECORDINGS: TO_READ,
     CANCEL: TO_CHANGE,
     STREAM: TO_READ,
-    WORKFLOWS: TO_READ | dict.fromkeys(OTHERS, 200),
+    WORKFLOWS: TO_CHANGE | dict.fromkeys(OTHERS, 200),
     STATS: TO_READ | dict.fromkeys(OTHERS, 200),
     APPROVALS: TO_READ | dict.fromkeys(OTHERS, 200),
     LET_GO_ON: TO_DECIDE,

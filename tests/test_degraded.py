@@ -11,6 +11,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
+from structlog.contextvars import bound_contextvars, get_contextvars
 
 from switchboard import database
 from switchboard.breaker import Breaker
@@ -20,10 +21,11 @@ from switchboard.leaving import Leaving
 from switchboard.live.announcer import Announcer
 from switchboard.live.channel import Channel
 from switchboard.live.messages import unpack
-from switchboard.runs import intake
+from switchboard.runs import ingest, intake
 from switchboard.runs.intake import Intake
 from switchboard.runs.sorting import Duplicate, Held, Recorded
 from switchboard.tables import RunStatus, run_events
+from switchboard.tasks import end
 from tests.conftest import (
     Servers,
     Service,
@@ -241,6 +243,42 @@ async def test_a_caller_that_hangs_up_takes_nothing_away(db: AsyncEngine, run_id
         impatient.cancel()
         assert isinstance(await patient, Recorded)
     assert await rows_of(db, run_events, run_id) == 2
+
+
+async def test_what_is_written_together_is_written_in_nobody_s_name(
+    db: AsyncEngine, run_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    names: list[object] = []
+    genuine = ingest.write
+
+    async def watched(*arguments: Any, **named: Any) -> Any:
+        names.append(get_contextvars())
+        return await genuine(*arguments, **named)
+
+    monkeypatch.setattr(intake, "write", watched)
+    with bound_contextvars(request_id="of the one who came first"):
+        await Intake(db, Silent(), Leaving()).take(log(run_id))
+    assert names == [{}]
+
+
+async def test_who_waits_for_a_writer_that_is_stopped_is_told(db: AsyncEngine, monkeypatch: pytest.MonkeyPatch):
+    begun = asyncio.Event()
+
+    async def never(*_: object, **__: object) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(intake, "write", never)
+    queue = Intake(db, Silent(), Leaving())
+    being_written = asyncio.create_task(queue.take(log("r")))
+    await begun.wait()
+    waits = asyncio.create_task(queue.take(log("r")))
+    await asyncio.sleep(0)
+    assert queue._writing is not None
+    await end(queue._writing)
+    async with asyncio.timeout(10):
+        assert [type(each) for each in await asyncio.gather(waits, return_exceptions=True)] == [asyncio.CancelledError]
+    being_written.cancel()
 
 
 async def test_what_waits_is_written_before_the_service_leaves(db: AsyncEngine, run_id: str):

@@ -55,8 +55,9 @@ Examine = Callable[..., Awaitable[Said]]
 
 
 @pytest.fixture
-def environment(database_url: str, servers: Servers, upstream: Upstream) -> dict[str, str]:
-    return environment_of(database_url, servers, upstream)
+def environment(own_database: str, servers: Servers, upstream: Upstream) -> dict[str, str]:
+    """With a database of its own: it looks at all workflows that are registered, also at those of other tests."""
+    return environment_of(own_database, servers, upstream)
 
 
 def environment_of(database_url: str, servers: Servers, upstream: Upstream) -> dict[str, str]:
@@ -369,6 +370,21 @@ async def test_the_key_of_the_platform_api_is_tried(examine: Examine, variables:
     said = await examine(**variables)
     assert line(said, "Platform API").startswith(said_so)
     assert ("region" in line(said, "Platform API")) == ("refuses" in said_so)
+
+
+async def test_an_address_where_nothing_is_does_not_pass_for_happyrobot(examine: Examine, upstream: Upstream):
+    said = await examine(HAPPYROBOT_API_URL=f"{upstream.url}/nowhere/api/v1")
+    assert line(said, "Platform API").startswith("warn  Platform API: knows nothing, whatever the key. Is ")
+
+
+async def test_a_hook_that_is_called_by_way_of_a_proxy_is_not_tried_directly(
+    examine: Examine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    said = await examine(HAPPYROBOT_WEBHOOK_URL="https://hooks.invalid/hooks/marked-hook")
+    assert line(said, "workflow default").startswith(
+        "warn  workflow default: hooks.invalid is reached by way of a proxy"
+    )
 
 
 async def test_a_hook_is_told_nothing(examine: Examine, own_database: str, own_db: AsyncEngine):

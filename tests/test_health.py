@@ -50,6 +50,16 @@ async def test_a_service_that_has_everything_is_ready(service: Service):
     assert await asked(service) == (200, READY)
 
 
+async def test_a_service_whose_connections_are_all_in_use_is_busy_and_ready(database_url: str, servers: Servers):
+    async with (
+        running_service(settings_for(database_url, servers.redis_url, None)) as service,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        for _ in range(20):
+            await stack.enter_async_context(service.state["db"].connect())
+        assert await asked(service) == (200, READY)
+
+
 async def test_without_postgresql_it_is_not_ready_and_alive(servers: Servers):
     async with running_service(settings_for(NO_POSTGRES, servers.redis_url, None)) as service:
         checks = {"postgresql": "away", "migrations": "unknown", "redis": "ok"}

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 from uuid import UUID, uuid4
@@ -16,15 +16,17 @@ import pytest
 import respx
 from sqlalchemy import select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
+from structlog.testing import capture_logs
 
 from switchboard import local, workflows
 from switchboard.access.callers import ANYBODY
 from switchboard.errors import TriggerFailed
 from switchboard.events import NewEvent
 from switchboard.happyrobot import client
-from switchboard.happyrobot.client import Hook, NotSent, Refused, Unknown, _certainly_not_started, _seconds
+from switchboard.happyrobot.client import Hook, NotSent, PutOff, Refused, Unknown, _certainly_not_started, _seconds
 from switchboard.happyrobot.simulator import Simulator
 from switchboard.runs.ingest import write
+from switchboard.runs.queued import Launcher, accept
 from switchboard.runs.sorting import Unconfirmed
 from switchboard.runs.sweep import sweep
 from switchboard.runs.trigger import STOPPED, TriggerIn, start
@@ -41,6 +43,7 @@ from tests.conftest import (
     running_service,
     serving,
     settings_for,
+    until,
 )
 
 URL = "/api/happyrobot/trigger"
@@ -540,6 +543,35 @@ async def test_a_service_that_stops_during_a_call_says_at_once_that_nobody_knows
     with pytest.raises(TriggerFailed) as told:
         await placing
     assert told.value.fields == {"execution_id": str(found.id), "status": "submission_unknown", "detail": STOPPED}
+
+
+async def test_a_call_that_is_put_off_when_the_service_stops_was_not_placed(
+    database_url: str, servers: Servers, db: AsyncEngine, context_id: str
+):
+    async def stopped_between_two_attempts(work: Awaitable[Any]) -> Any:
+        with capture_logs() as logged:
+            task = asyncio.ensure_future(work)
+            await until(lambda: task.done() or any(line["event"] == "trigger is sent again" for line in logged))
+        task.cancel()
+        return await task
+
+    router = respx.MockRouter()
+    hook = router.post("/hooks/test").mock(return_value=httpx.Response(429, headers={"Retry-After": "15"}))
+    async with answering(router, database_url, servers) as service:
+        happyrobot = service.state["happyrobot"]
+        with pytest.raises(PutOff, match="HappyRobot answered 429; the service stopped"):
+            await stopped_between_two_attempts(happyrobot.trigger(Hook("http://127.0.0.1:1/hooks/test"), {}))
+        # Of one that was accepted the next worker places the call.
+        settings, intake = service.state["settings"], service.state["intake"]
+        async with db.begin() as conn:
+            accepted = await accept(conn, settings, ANYBODY, "default", {"input": {}, "contextId": context_id}, None)
+        launcher = Launcher(settings, db, happyrobot, intake)
+        assert await stopped_between_two_attempts(launcher.start(str(accepted.id))) == 0.0
+        found = await execution(db, str(accepted.id))
+        assert (found.status, found.answer_by) == ("pending", None)
+        hook.mock(return_value=httpx.Response(200, json={"queued_run_ids": [context_id]}))
+        await launcher.start(str(accepted.id))
+    assert (await execution(db, str(accepted.id))).status == "running"
 
 
 @pytest.fixture

@@ -23,14 +23,12 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 from redis.asyncio import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import Row, insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import jobs, local, metrics
 from switchboard.access import keys
 from switchboard.access.webhooks import point
-from switchboard.breaker import Breaker
 from switchboard.deliveries import delivering
 from switchboard.deliveries.delivering import Deliverer
 from switchboard.events import Event, Scope
@@ -294,20 +292,11 @@ async def test_announcements_that_fail_are_counted(db: AsyncEngine, change: Chan
     assert change("announcements_total", outcome="published") == 0
 
 
-async def test_redis_is_away_until_it_answers_again():
-    breaker = Breaker()
-
-    async def gone() -> None:
-        raise RedisConnectionError("gone")
-
-    async def there() -> None:
-        pass
-
-    for asked, away in ((there, 0), (gone, 1), (there, 1), (there, 0)):
-        await breaker.call(asked, there)
-        assert total(here(), "switchboard_redis_away") == away
-        if asked is there and away:
-            breaker._closed_again_at = 0.0  # its rest is over
+@pytest.mark.parametrize("away", [False, True])
+async def test_whether_redis_is_away_is_found_out_when_somebody_asks(database_url: str, servers: Servers, away: bool):
+    redis_url = f"redis://{NOBODY}" if away else servers.redis_url
+    async with running_service(settings_for(database_url, redis_url, None)) as service:
+        assert total(await scraped(service.http), "switchboard_redis_away") == away
 
 
 # HappyRobot

@@ -7,12 +7,12 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from switchboard.access.keys import create
+from switchboard.access.keys import create, find
 from switchboard.happyrobot.simulator import Simulator
-from switchboard.tables import KeyScope, deliveries, executions, workflows
+from switchboard.tables import KeyScope, approvals, deliveries, executions, workflows
 from tests.conftest import (
     API_KEY,
     HOOK_KEY,
@@ -118,7 +118,8 @@ async def test_a_key_is_told_what_it_is_good_for(house: Service, own: AsyncEngin
 
 async def test_a_token_is_told_what_it_is_good_for_and_its_cookie_too(house: Service, app: dict[str, str]):
     signed = await get_token(house, app, ["order_1", "order_2"], scopes=["read", "decide"])
-    expected = {"anonymous": False, "name": "test", "scopes": ["decide", "read"], "context_ids": ["order_1", "order_2"]}
+    # Not what the key is called: that is no business of browsers that see some contexts alone.
+    expected = {"anonymous": False, "name": None, "scopes": ["decide", "read"], "context_ids": ["order_1", "order_2"]}
     told = (await house.http.get(SESSION, headers=bearer(signed))).json()
     assert told.pop("expires_at") is not None
     assert told == expected
@@ -203,6 +204,12 @@ async def test_what_an_app_has_started_is_approved_and_goes_on(
             "status": "approved",
         },
     )
+    async with house.state["db"].connect() as conn:
+        decided_by = await conn.scalar(select(approvals.c.decided_by).where(approvals.c.id == UUID(approval["id"])))
+    async with house.state["db"].connect() as conn:
+        found = await find(conn, app["Authorization"].removeprefix("Bearer "))
+    assert found is not None
+    assert decided_by == found.id
     await until(stands(house, run_id, "COMPLETED", app))
     [told] = [each.body for each in simulator.decisions if each.body and each.body["run_id"] == run_id]
     assert (told["decision"], told["comment"]) == ("approved", "go ahead")
@@ -298,6 +305,34 @@ async def pages(house: Service, url: str, headers: dict[str, str]) -> list[list[
     return found
 
 
+async def test_what_others_ask_for_is_neither_listed_nor_decided(
+    house: Service, own: AsyncEngine, app: dict[str, str], context_id: str
+):
+    approval = await asked(house, app, context_id)
+    async with own.begin() as conn:
+        _, elsewhere = await create(conn, "elsewhere", [KeyScope.APP], workflows=["another"])
+    for others in (
+        bearer(await get_token(house, app, ["another"], scopes=["read", "decide"])),
+        bearer(elsewhere.get_secret_value()),
+    ):
+        for query in ({}, {"context_id": context_id}):
+            assert (await house.http.get(APPROVALS, params=query, headers=others)).json() == []
+        answer = await house.http.post(f"{APPROVALS}/{approval['id']}/approve", headers=others)
+        assert answer.status_code == 404
+    assert (await waiting(house, app, context_id))[0]["status"] == "pending"
+
+
+async def test_metrics_are_for_those_who_see_everything(house: Service, own: AsyncEngine, admin: dict[str, str]):
+    async with own.begin() as conn:
+        _, narrow = await create(conn, "narrow", [KeyScope.ADMIN], workflows=["another"])
+    signed = await get_token(house, admin, ["order_1"], scopes=["operate"])
+    for some in (bearer(narrow.get_secret_value()), bearer(signed)):
+        answer = await house.http.get("/metrics", headers=some)
+        assert (answer.status_code, answer.json()) == (403, {"error": "Metrics are of the whole installation"})
+    everything = await get_token(house, admin, "*", scopes=["operate"])
+    assert (await house.http.get("/metrics", headers=bearer(everything))).status_code == 200
+
+
 # --- deliveries ---
 
 
@@ -360,14 +395,17 @@ async def test_deliveries_are_filtered_and_come_in_pages(
     assert await pages(house, f"{DELIVERIES}?key_id={uuid4()}", bearer(signed)) == [[]]
 
 
-async def test_who_sees_some_contexts_sees_their_deliveries_alone(
+async def test_who_sees_some_contexts_or_workflows_sees_their_deliveries_alone(
     house: Service, own: AsyncEngine, admin: dict[str, str], context_id: str
 ):
     theirs, _ = await delivered(own, "failed", "somebody else's")
+    async with own.begin() as conn:
+        _, narrow = await create(conn, "narrow", [KeyScope.ADMIN], workflows=["another"])
     signed = await get_token(house, admin, [context_id], scopes=["operate"])
-    assert (await house.http.get(DELIVERIES, headers=bearer(signed))).json() == []
-    answer = await house.http.post(f"{DELIVERIES}/{theirs}/redeliver", headers=bearer(signed))
-    assert (answer.status_code, answer.json()) == (404, {"error": "Delivery not found"})
+    for some in (bearer(signed), bearer(narrow.get_secret_value())):
+        assert (await house.http.get(DELIVERIES, headers=some)).json() == []
+        answer = await house.http.post(f"{DELIVERIES}/{theirs}/redeliver", headers=some)
+        assert (answer.status_code, answer.json()) == (404, {"error": "Delivery not found"})
 
 
 async def test_one_that_is_on_its_way_is_not_sent_twice(

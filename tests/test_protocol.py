@@ -5,7 +5,7 @@ import contextlib
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,11 @@ from fastapi import FastAPI, Request
 from starlette.responses import StreamingResponse
 from structlog.testing import capture_logs
 
-from switchboard import bodies, edge, errors
+from switchboard import bodies, edge, errors, protocol
+from switchboard.leaving import Leaving
 from switchboard.protocol import BoundedProtocol
 from switchboard.settings import Settings
-from tests.conftest import HOOK_KEY, Servers, Service, running_service, serving, settings_for
+from tests.conftest import HOOK_KEY, Servers, Service, running_service, serving, settings_for, until
 
 HEAD, BODY = 2_000, 3_000
 QUICK = 0.25
@@ -35,7 +36,7 @@ def application(settings: Settings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        yield {"settings": settings, "go_on": asyncio.Event(), "seen": []}
+        yield {"settings": settings, "leaving": Leaving(), "go_on": asyncio.Event(), "seen": []}
 
     app = FastAPI(lifespan=lifespan)
     errors.install(app)
@@ -183,12 +184,6 @@ async def hasty(servers_of_both_kinds: tuple[Server, Server]) -> AsyncIterator[S
     """Does not."""
     async for server in _as_new(servers_of_both_kinds[1]):
         yield server
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110  # it is the other side of a socket
-            await asyncio.sleep(0.005)
 
 
 def from_uvicorn(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
@@ -723,3 +718,28 @@ async def _is_bounded(service: Service) -> None:
     async with connected(service.url) as client:
         await client.send(f"POST {URL} HTTP/1.1\r\nX-API-KEY: {HOOK_KEY}\r\nContent-Length: 9\r\n\r\n".encode())
         assert (await client.answer())[0] == 408
+
+
+async def test_who_does_not_read_is_cut_off_when_the_server_stops(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(protocol, "GOODBYE", 0.2)
+    asked = b"GET /quick?size=%d HTTP/1.1\r\nHost: h\r\n\r\n" % LARGE
+    async with listening() as server, server.client() as client, server.client() as other:
+        await client.send(asked)
+        await other.send(WAITS)
+        connections = server.server.server_state.connections
+        await until(lambda: any(each.transport.get_write_buffer_size() for each in connections))
+        server.server.should_exit = True
+        await until(lambda: len(connections) == 1)
+        # Who reads is answered.
+        server.server.lifespan.state["go_on"].set()
+        assert b"200 OK" in await other.reader.read()
+
+
+async def test_whatever_stops_the_server_tells_those_who_must_know():
+    async with listening() as server, server.client() as client:
+        await client.send(WAITS)
+        leaving: Leaving = server.server.lifespan.state["leaving"]
+        server.server.should_exit = True
+        async with asyncio.timeout(10):
+            await leaving.told()
+        server.server.lifespan.state["go_on"].set()

@@ -19,8 +19,10 @@ from structlog.testing import capture_logs
 from switchboard import database, jobs
 from switchboard.deliveries.log import send_again
 from switchboard.events import NewEvent
+from switchboard.happyrobot.records import Message, RunRecord, Session
 from switchboard.jobs import DECIDE, RECONCILE, Job
 from switchboard.runs import ingest, pruning
+from switchboard.runs.archive import keep
 from switchboard.runs.pruning import Pruned, prune
 from switchboard.runs.sorting import Held
 from switchboard.tables import (
@@ -135,7 +137,6 @@ async def test_nothing_is_said_about_nothing(own_db: AsyncEngine):
         (executions, {"status": "pending_approval"}),
         (executions, {"status": "submission_unknown", "completed_at": None}),
         (executions, {"completed_at": ago(1)}),
-        (approvals, {"status": "pending"}),
         (deliveries, {"status": "pending"}),
     ],
     # Their times are those of the process that collects them.
@@ -168,6 +169,21 @@ async def test_a_run_that_only_we_hold_for_dead_is_kept_while_happyrobot_is_aske
     assert await pruned(own_db) == Pruned()
     await change(own_db, agent_runs, **guess, updated_at=ago(1.1))
     assert (await pruned(own_db)).runs == 1
+
+
+async def test_what_nobody_decided_about_a_run_that_only_we_hold_for_dead_goes_with_it(own_db: AsyncEngine):
+    await insert_old(own_db)
+    await change(own_db, agent_runs, status="FAILED", timed_out=True, updated_at=ago(1.1))
+    await change(own_db, approvals, status="pending")
+    assert (await pruned(own_db)).executions == 1
+
+
+async def test_no_record_is_kept_of_a_run_that_is_gone(own_db: AsyncEngine):
+    old = await insert_old(own_db)
+    assert (await pruned(own_db)).runs == 1
+    record = RunRecord(status="completed", sessions=[Session(messages=[Message(content="Hello")])])
+    assert await keep(own_db, old.run_ids[0], record) == record
+    assert await rows_of(own_db, run_records, old.run_ids[0]) == 0
 
 
 async def test_a_run_with_a_job_that_asks_about_it_is_kept(own_db: AsyncEngine):

@@ -274,13 +274,22 @@ async def test_a_run_that_we_gave_up_is_put_right_by_happyrobot(
 ):
     router = respx.MockRouter()
     platform(router, run_id).mock(return_value=says("succeeded"))
+    completed_at = select(agent_runs.c.completed_at).where(agent_runs.c.run_id == run_id)
     async with asked(router, database_url, servers) as service:
         guess = NewEvent(run_id, "timed_out", None, RunStatus.FAILED, "Timed out", guess=True)
         await service.state["intake"].take(guess)
+        async with db.connect() as conn:
+            guessed = await conn.scalar(completed_at)
         await silence(db, run_id, 60)
         await reconciler_of(service).reconcile(run_id)
     found = await status_of(db, run_id)
     assert (found.status, found.timed_out, found.stored) == ("COMPLETED", False, {})
+    async with db.connect() as conn:
+        # When we gave up was not its end, and would pass for how long it took.
+        known = await conn.scalar(completed_at)
+    assert guessed is not None
+    assert known is not None
+    assert known > guessed
 
 
 async def test_the_record_of_a_run_that_ended_by_a_callback_is_fetched_when_happyrobot_is_done(

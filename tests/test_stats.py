@@ -101,6 +101,17 @@ async def test_a_row_of_somebody_else_without_an_end_has_no_duration(db: AsyncEn
     assert (found.durations.runs, found.durations.p50) == (0, None)
 
 
+@pytest.mark.parametrize(("began", "took"), [(timedelta(hours=3), 5), (timedelta(0), -3600)])
+async def test_clocks_that_disagree_make_no_odd_numbers(
+    db: AsyncEngine, context_id: str, began: timedelta, took: float
+):
+    """Rows that somebody else has written may begin in the future, or end before they began."""
+    await add(db, context_id, NOON + began, "COMPLETED", took=took)
+    found = await counted(db, context_id)
+    assert found.total == sum(hour.total for hour in found.by_hour) == (1 if took < 0 else 0)
+    assert (found.durations.runs, found.durations.p50) == (0, None)
+
+
 async def test_the_endpoint_counts_to_the_hour_that_it_is(service: Service, context_id: str, db: AsyncEngine):
     await add(db, context_id, datetime.now(UTC), "COMPLETED", took=61.5)
     await add(db, context_id, datetime.now(UTC) - timedelta(hours=25), "COMPLETED", took=1)

@@ -1,6 +1,7 @@
 """Streams: every event once, in order, without a gap, whatever is cut, lost or late."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
@@ -66,7 +67,35 @@ async def test_the_response_is_one_that_proxies_leave_alone(service: Service, co
         assert answer.headers["x-accel-buffering"] == "no"
         first = await anext(answer.aiter_text())
         assert first.startswith(": connected\nretry: ")
-        assert 1_000 <= int(first.split()[-1]) <= 4_000
+        # Also where it stands, for a browser that is cut off before it has seen an event.
+        found = re.fullmatch(r": connected\nretry: (\d+)\nid: \d+\n\n", first)
+        assert found is not None
+        assert 1_000 <= int(found[1]) <= 4_000
+
+
+async def test_who_is_cut_off_before_the_first_event_misses_none(service: Service, context_id: str, run_id: str):
+    async with service.http.stream("GET", "/api/events", params={"context_id": context_id}) as answer:
+        first = await anext(answer.aiter_text())
+    await service.callback(run_id, "log", "while nobody listened")
+    [place] = re.findall(r"^id: (\d+)$", first, re.MULTILINE)
+    async with service.stream(place, context_id=context_id) as stream:
+        assert (await anext(stream))["data"] == "while nobody listened"
+
+
+async def test_who_resumes_behind_an_event_that_is_not_kept_any_more_is_told_nothing_twice(
+    own_database: str, servers: Servers, context_id: str
+):
+    async with running_service(settings_for(own_database, servers.redis_url, None)) as service:
+        db = service.state["db"]
+        run_id = await insert_run(db, context_id)
+        for number in range(3):
+            await service.callback(run_id, "log", number)
+        async with db.begin() as conn:
+            last = "DELETE FROM run_events WHERE id = (SELECT max(id) FROM run_events) RETURNING id"
+            newest = await conn.scalar(text(last))
+        async with service.stream(newest, context_id=context_id) as stream:
+            await service.callback(run_id, "log", "new")
+            assert (await anext(stream))["data"] == "new"
 
 
 async def test_who_has_seen_the_headers_misses_nothing(

@@ -79,7 +79,7 @@ def without_worker() -> FastAPI:
 
 def _corrected(document: dict[str, Any], *, anonymous: bool) -> dict[str, Any]:
     """What FastAPI says about every endpoint alike, as it is."""
-    for operations in document["paths"].values():
+    for path, operations in document["paths"].items():
         for method, operation in operations.items():
             # Bad input is answered 400, in the endpoint's own shape.
             if operation["responses"].get("422", {}).get("description") == "Validation Error":
@@ -89,6 +89,8 @@ def _corrected(document: dict[str, Any], *, anonymous: bool) -> dict[str, Any]:
                     response["headers"] = RATE_HEADERS
             if "security" in operation:
                 ways = [way for way in operation["security"] if way and (method == "get" or "access_token" not in way)]
+                if not path.startswith("/api/"):
+                    ways = [way for way in ways if "cookie" not in way]  # it is not sent there
                 if operation["tags"] == public.router.tags or (
                     operation["tags"] == access.router.tags and method != "get"
                 ):

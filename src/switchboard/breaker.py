@@ -8,8 +8,6 @@ import structlog
 from redis.exceptions import RedisError
 from throttled.exceptions import StoreUnavailableError
 
-from switchboard import metrics
-
 log = structlog.stdlib.get_logger(__name__)
 
 _REST = 5.0
@@ -35,9 +33,7 @@ class Breaker:
             result = await shared()
         except (RedisError, StoreUnavailableError, OSError) as error:
             self._closed_again_at = time.monotonic() + _REST
-            metrics.REDIS_AWAY.set(1)
             log.warning("Redis is away; this process goes by itself", error=error)
             return await alone()
         self._closed_again_at = None
-        metrics.REDIS_AWAY.set(0)
         return result

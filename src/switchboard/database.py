@@ -6,7 +6,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import asyncpg
 from fastapi import Depends
 from pydantic_core import from_json, to_json
-from sqlalchemy import Engine, QueuePool, event
+from sqlalchemy import QueuePool, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from starlette.requests import HTTPConnection
 
@@ -69,7 +69,7 @@ def connect(url: str, *, pool_size: int = 10, statement_timeout: float | None = 
             # Not there, starting up, too many connections, a wrong password: to those who ask it is all the same.
             raise PostgresAway(f"PostgreSQL takes no connection ({type(error).__name__})") from error
 
-    engine = create_async_engine(
+    return create_async_engine(
         "postgresql+asyncpg://",
         async_creator=open_connection,
         pool_size=pool_size,
@@ -82,23 +82,20 @@ def connect(url: str, *, pool_size: int = 10, statement_timeout: float | None = 
         json_serializer=_dump,
         json_deserializer=from_json,
     )
-    metrics.note_pool_size(2 * pool_size)
-    _measure(engine.sync_engine)
-    return engine
 
 
-def _measure(engine: Engine) -> None:
-    """Notes how many connections are used whenever one is taken or brought back."""
+def measure(engine: AsyncEngine) -> None:
+    """Notes how many connections of an engine are used whenever one is taken or brought back."""
+    pool = cast("QueuePool", engine.sync_engine.pool)
+    metrics.note_pool_size(2 * pool.size())
 
-    @event.listens_for(engine, "checkout")
+    @event.listens_for(engine.sync_engine, "checkout")
     def _(*_: object) -> None:
-        pool = cast("QueuePool", engine.pool)
         metrics.note_pool(pool.checkedout(), pool.checkedin())
 
-    @event.listens_for(engine, "checkin")
+    @event.listens_for(engine.sync_engine, "checkin")
     def _(*_: object) -> None:
         # Just before it is back; what is more than the pool keeps is closed.
-        pool = cast("QueuePool", engine.pool)
         metrics.note_pool(pool.checkedout() - 1, min(pool.checkedin() + 1, pool.size()))
 
 

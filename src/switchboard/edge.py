@@ -5,6 +5,7 @@ who may read the answer from another origin; then what becomes of an error that 
 of the routes, so that a 404, a 405 or a preflight is no exception.
 """
 
+import asyncio
 import re
 import time
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -201,7 +202,7 @@ class CrossOrigin(CORSMiddleware):
 
 
 class Unexpected:
-    """Answers 500 for an error that nobody expected.
+    """Answers 500 for an error that nobody expected, and 503 where the service stops in the middle.
 
     Starlette's own handler for these is outside of everything here: its answers would have no id and no headers, and
     no other origin could read them.
@@ -223,6 +224,13 @@ class Unexpected:
 
         try:
             await self._app(scope, receive, answer)
+        except asyncio.CancelledError:
+            if not scope["state"]["leaving"].begun:
+                raise
+            # The server has waited for as long as it could.
+            log.warning("request was cut off", method=scope["method"], route=_route(scope))
+            if not started:
+                await errors.answer(scope["path"], 503, "The service is restarting")(scope, receive, send)
         except Exception:
             log.exception("unexpected error", method=scope["method"], route=_route(scope))
             # An answer that has started is not completed, upon which the server closes the connection. Raised, the

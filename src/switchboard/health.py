@@ -19,9 +19,9 @@ from starlette.requests import HTTPConnection
 
 from switchboard import jobs, metrics
 from switchboard.access.callers import Operator
-from switchboard.database import Db
-from switchboard.errors import described
+from switchboard.errors import Forbidden, described
 from switchboard.migrate import earlier_revisions
+from switchboard.sight import EVERYTHING
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -58,20 +58,30 @@ async def _redis(connection: HTTPConnection) -> Redis:
     return redis
 
 
+async def _probe(connection: HTTPConnection) -> AsyncEngine:
+    probe: AsyncEngine = connection.state.probe
+    return probe
+
+
+CurrentRedis = Annotated[Redis, Depends(_redis)]
+Probe = Annotated[AsyncEngine, Depends(_probe)]
+"""A connection beside those of requests, which may all be in use."""
+
+
 @router.get(
     "/readyz",
     summary="Can the process serve?",
     responses={503: {"model": Readiness, "description": "PostgreSQL is away, or its schema is older than needed."}},
 )
 @router.head("/readyz", include_in_schema=False)
-async def readyz(db: Db, redis: Annotated[Redis, Depends(_redis)], response: Response) -> Readiness:
+async def readyz(probe: Probe, redis: CurrentRedis, response: Response) -> Readiness:
     """503 without PostgreSQL, or on a schema that is older than this version needs; answered within two seconds.
 
     Without Redis it is `degraded`, and 200: callbacks are taken and streams keep up from PostgreSQL, and as all
     replicas miss the same Redis, a load balancer that believed otherwise would be left with none. A schema newer
     than ours is `ok`: during a deployment the first of the new version brings it.
     """
-    (postgresql, migrations), its_redis = await asyncio.gather(_look_at_postgresql(db), _look_at_redis(redis))
+    (postgresql, migrations), its_redis = await asyncio.gather(_look_at_postgresql(probe), _look_at_redis(redis))
     checks = Checks(postgresql=postgresql, migrations=migrations, redis=its_redis)
     if migrations != "ok":
         response.status_code = 503
@@ -83,7 +93,7 @@ _alembic = table("alembic_version", column("version_num"))
 
 
 async def _look_at_postgresql(db: AsyncEngine) -> tuple[Literal["ok", "away"], Literal["ok", "behind", "unknown"]]:
-    """Whether it answers, over a connection such as every request needs, and whether its schema is new enough."""
+    """Whether it answers, and whether its schema is new enough."""
     try:
         async with asyncio.timeout(_PATIENCE):
             # Reads the migrations when it is asked for the first time.
@@ -120,13 +130,17 @@ async def _look_at_redis(redis: Redis) -> Literal["ok", "away"]:
         **described(400, 401, 403, 429),
     },
 )
-async def read_metrics(db: Db, _: Operator) -> Response:
-    """What this process, or all of `serve --workers`, has measured, and what waits in the job queue.
+async def read_metrics(probe: Probe, redis: CurrentRedis, caller: Operator) -> Response:
+    """What this process, or all of `serve --workers`, has measured; the job queue; whether Redis is away.
 
-    For API keys of an operator, and for tokens with the right `operate`. Without what PostgreSQL knows while that is
-    away, so far as it is not needed to tell who is asking.
+    For API keys of an operator, and for tokens with the right `operate`, that are not limited to some contexts or
+    workflows. While PostgreSQL is away nobody can tell whose a key is, and the answer is 503.
     """
-    return Response(metrics.rendered(*await _job_queue(db)), media_type=metrics.CONTENT_TYPE)
+    if caller.sight != EVERYTHING:
+        raise Forbidden("Metrics are of the whole installation")
+    queue, its_redis = await asyncio.gather(_job_queue(probe), _look_at_redis(redis))
+    body = metrics.rendered(*queue, _RedisAway(away=its_redis == "away"))
+    return Response(body, media_type=metrics.CONTENT_TYPE)
 
 
 async def _job_queue(db: AsyncEngine) -> list[Collector]:
@@ -137,6 +151,14 @@ async def _job_queue(db: AsyncEngine) -> list[Collector]:
     except (SQLAlchemyError, OSError) as error:
         log.warning("metrics lack the job queue", error=error)
         return []
+
+
+class _RedisAway(Collector):
+    def __init__(self, *, away: bool) -> None:
+        self._away = away
+
+    def collect(self) -> Iterable[Metric]:
+        return [GaugeMetricFamily("switchboard_redis_away", "Whether Redis does not answer.", value=self._away)]
 
 
 class _JobQueue(Collector):

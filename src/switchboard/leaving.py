@@ -6,15 +6,13 @@ platform gives a process ten seconds or more, and then no more. See docs/decisio
 
 import asyncio
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import FrameType
-from typing import Annotated
 
 import structlog
-from fastapi import Depends
-from starlette.requests import HTTPConnection
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -24,7 +22,7 @@ UNDER_WAY = 6.0
 """Seconds for requests that are being answered, and for calls, decisions and webhooks that are on their way."""
 
 GOODBYE = 3.0
-"""Seconds for streams to say goodbye to browsers that read slowly."""
+"""Seconds until connections are cut whose other end does not read what it is sent."""
 
 LAST_NEWS = 6.5
 """Seconds until what is still expected counts as lost; a worker elsewhere finds out later."""
@@ -34,6 +32,9 @@ LAST_WORDS = 7.0
 
 GONE = 7.5
 """Seconds until connections are closed, or left to those at their other end."""
+
+LAST_RESORT = 9.0
+"""Seconds until the process ends, whatever still holds it."""
 
 
 class Leaving:
@@ -56,6 +57,15 @@ class Leaving:
             self._told.set()
             for listener in list(self._listeners):
                 listener()
+
+    def begin_for_good(self) -> None:
+        """Begins, and ends the process when it is not gone in time, whatever it waits for."""
+        if not self.begun:
+            # Such as the look-up of a name, which nothing can interrupt.
+            last_resort = threading.Timer(LAST_RESORT, os._exit, (0,))
+            last_resort.daemon = True
+            last_resort.start()
+        self.begin()
 
     @contextlib.contextmanager
     def telling(self, listener: Callable[[], None]) -> Iterator[None]:
@@ -100,7 +110,7 @@ class Leaving:
 
         def handle(signum: int, frame: FrameType | None) -> None:
             if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self.begin)
+                self._loop.call_soon_threadsafe(self.begin_for_good)
             handler = before[signal.Signals(signum)]
             if callable(handler):
                 handler(signum, frame)
@@ -111,12 +121,6 @@ class Leaving:
             yield
         finally:
             for signum in SIGNALS if handled else ():
-                signal.signal(signum, before[signum])
-
-
-async def _leaving(connection: HTTPConnection) -> Leaving:
-    leaving: Leaving = connection.state.leaving
-    return leaving
-
-
-CurrentLeaving = Annotated[Leaving, Depends(_leaving)]
+                # Not if the server, which was told twice, has put back what was there before it.
+                if signal.getsignal(signum) is handle:
+                    signal.signal(signum, before[signum])

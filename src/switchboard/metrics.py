@@ -8,6 +8,7 @@ templates, and words that we do not know are `other`.
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from prometheus_client import (
@@ -78,12 +79,6 @@ ANNOUNCEMENTS = _counter(
     "switchboard_announcements",
     "Messages about events for all processes; of those that failed, streams learn from PostgreSQL.",
     "outcome",
-)
-REDIS_AWAY = Gauge(
-    "switchboard_redis_away",
-    "Whether Redis failed when it was last asked, 0 or 1.",
-    registry=REGISTRY,
-    multiprocess_mode="livemax",
 )
 DELIVERY_ATTEMPTS = _counter(
     "switchboard_delivery_attempts",
@@ -194,7 +189,8 @@ def rendered(*more: Collector) -> bytes:
     if _FOLDER is None:
         return generate_latest(_Together(REGISTRY, *more))
     for pid in _gone(Path(_FOLDER)):
-        mark_process_dead(pid, _FOLDER)  # type: ignore[no-untyped-call]
+        with suppress(FileNotFoundError):  # somebody else was asked at the same time
+            mark_process_dead(pid, _FOLDER)  # type: ignore[no-untyped-call]
     everybody = MultiProcessCollector(None, _FOLDER)  # type: ignore[no-untyped-call]
     return generate_latest(_Together(everybody, *more))
 
@@ -204,7 +200,7 @@ def _gone(folder: Path) -> Iterator[int]:
     for pid in {int(left.stem.rpartition("_")[2]) for left in folder.glob("gauge_live*.db")}:
         try:
             os.kill(pid, 0)
-        except ProcessLookupError:
+        except OSError:  # there is none, or by now it is somebody else's
             yield pid
 
 

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from switchboard import edge
+from switchboard.leaving import GOODBYE, Leaving
 from switchboard.settings import Settings
 
 log = structlog.stdlib.get_logger(__name__)
@@ -46,6 +47,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._settings: Settings = self.app_state["settings"]
+        self._leaving: Leaving = self.app_state["leaving"]
         # What has to arrive in time, and what has to be read.
         self._clock: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
@@ -61,6 +63,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None
         # What a request was refused with that came while those before it were being answered.
         self._owed: HTTPStatus | None = None
+        self._goodbye: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
@@ -71,17 +74,26 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
         self._stop_watch()
+        if self._goodbye is not None:
+            self._goodbye.cancel()
         self._give_up()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
         """Lets come to its end what has arrived, and does not wait for the rest of what has not."""
+        # Whatever has stopped the server: not every end of one comes with a signal.
+        self._leaving.begin()
+        self._goodbye = self.loop.call_later(GOODBYE, self._cut_off_who_does_not_read)
         self._forget_what_is_broken()
         if self._in_body and self._answering and not self.cycle.response_started:
             self._give_up()
             self.transport.close()
         else:
             super().shutdown()
+
+    def _cut_off_who_does_not_read(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
 
     # Reading.
 

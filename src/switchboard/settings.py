@@ -134,7 +134,7 @@ class Settings(BaseSettings):
     allow_private_webhooks: bool = Field(
         False, description="Lets customers' webhooks reach private addresses (development, tests)."
     )
-    retention_days: Annotated[int, Field(gt=0)] | None = Field(
+    retention_days: Annotated[int, Field(gt=0, le=36_500)] | None = Field(
         None, description="Days that finished runs and their events are kept; for ever unless set."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is worth a line.")

@@ -183,6 +183,9 @@ executions = Table(
     Column("unconfirmed", Boolean, nullable=False, server_default=false()),
     UniqueConstraint("owner", "idempotency_key", name="executions_owner_idempotency_key_key"),
     Index("idx_executions_status", "status", "created_at"),
+    # For those who see some contexts or workflows alone.
+    Index("idx_executions_context", "context_id"),
+    Index("idx_executions_workflow", "workflow_id"),
 )
 
 # What runs have asked to have approved. Each is decided once.
@@ -381,6 +384,7 @@ deliveries = Table(
     Index("idx_deliveries_key", "key_id", "number"),
     Index("idx_deliveries_execution", "execution_id"),
     Index("idx_deliveries_pending", "key_id", "due_at", postgresql_where=text("status = 'pending'")),
+    Index("idx_deliveries_failed", "number", postgresql_where=text("status = 'failed'")),
 )
 
 # What came of each attempt to send one.

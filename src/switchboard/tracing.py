@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -63,10 +63,21 @@ async def running(settings: Settings) -> AsyncIterator["Tracing | None"]:
     try:
         yield Tracing(provider.get_tracer("switchboard", __version__), redactor(secrets_of(settings)))
     finally:
-        # In a thread that dies with the process, since it may hang on a collector that does not answer.
-        sending = threading.Thread(target=provider.shutdown, daemon=True)
-        sending.start()
-        await asyncio.to_thread(sending.join, _PATIENCE)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(_beside(provider.shutdown), _PATIENCE)
+
+
+async def _beside(work: Callable[[], None]) -> None:
+    """Does something in a thread that dies with the process, and is not waited for when somebody leaves this."""
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+    def run() -> None:
+        work()
+        with suppress(RuntimeError):  # the loop is closed: nobody has waited
+            loop.call_soon_threadsafe(done.set)
+
+    threading.Thread(target=run, daemon=True).start()
+    await done.wait()
 
 
 def wanted(environ: Mapping[str, str]) -> frozenset[str]:

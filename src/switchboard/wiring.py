@@ -45,6 +45,7 @@ class State(TypedDict):
     sender: Sender
     rates: Rates
     redis: Redis
+    probe: AsyncEngine
     tracing: Tracing | None
     leaving: Leaving
 
@@ -72,7 +73,11 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
         db = database.connect(database_url)
         if traces is not None:
             tracing.watch(db)
+        database.measure(db)
         stack.push_async_callback(db.dispose)
+        # Who looks after the service is answered also while requests use all connections.
+        probe = database.connect(database_url, pool_size=1, statement_timeout=2)
+        stack.push_async_callback(probe.dispose)
         # One retry: the pool may hold a connection that a restart of Redis has cut.
         once_more = Retry(ConstantBackoff(0.05), 1)
         # Requests wait for it, and can do without.
@@ -108,6 +113,7 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
             sender=sender,
             rates=Rates(shared),
             redis=shared,
+            probe=probe,
             tracing=traces,
             leaving=leaving,
         )

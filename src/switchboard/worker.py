@@ -70,7 +70,7 @@ async def work(settings: Settings) -> None:
     async with connected(settings) as state, working(state):
         leaving = state["leaving"]
         for signum in SIGNALS:
-            asyncio.get_running_loop().add_signal_handler(signum, leaving.begin)
+            asyncio.get_running_loop().add_signal_handler(signum, leaving.begin_for_good)
         await leaving.told()
 
 

@@ -36,7 +36,7 @@ class TokenIn(BaseModel):
     scopes: Annotated[list[Scope], Field(min_length=1)] = Field(
         ["read"],
         description="`read` sees runs and follows them, `trigger` starts and stops them, `decide` approves and rejects "
-        "what they ask for, `operate` sees webhooks to customers and sends them again.",
+        "what they ask for, `operate` sees webhooks to customers and sends them again, and, for all contexts, metrics.",
     )
     expires_in: Annotated[int, Field(ge=1, le=_DAY)] = Field(
         _QUARTER_OF_AN_HOUR, description="Seconds; 24 hours at most."
@@ -60,7 +60,9 @@ class CallerOut(BaseModel):
     """Who is asking, and what they may."""
 
     anonymous: bool = Field(description="Whether these are no credentials, and none are needed.")
-    name: str | None = Field(description="Of the API key, or of the one that gave the token.", examples=["Our app"])
+    name: str | None = Field(
+        description="Of the API key, or of the one that gave a token for all contexts.", examples=["Our app"]
+    )
     scopes: list[Scope] = Field(examples=[["read", "trigger"]])
     context_ids: list[str] | Literal["*"]
     expires_at: Timestamp | None = Field(description="When that ends, if it does.")
@@ -101,7 +103,8 @@ async def read_session(caller: Known) -> CallerOut:
     contexts = caller.sight.contexts
     return CallerOut(
         anonymous=caller.key is None and caller.token is None,
-        name=None if caller.key is None else caller.key.name,
+        # What a key is called is no business of browsers that see some contexts alone.
+        name=None if caller.key is None or contexts is not None else caller.key.name,
         scopes=sorted(caller.rights),
         context_ids="*" if contexts is None else sorted(contexts),
         expires_at=caller.expires_at,

@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 from uuid import uuid4
 
 import httpx
@@ -352,7 +353,12 @@ async def _platform_api(settings: Settings) -> Findings:
     try:
         await happyrobot.run(str(uuid4()), READ, turn_taken=True)
     except NotKnown:
-        yield Finding(Level.OK, "Platform API", f"takes HAPPYROBOT_API_KEY, and answers in {_ms(began)}")
+        took = _ms(began)
+        if await _minds_keys(settings, redis):
+            yield Finding(Level.OK, "Platform API", f"takes HAPPYROBOT_API_KEY, and answers in {took}")
+        else:
+            what = "knows nothing, whatever the key"
+            yield Finding(Level.WARN, "Platform API", what, "Is HAPPYROBOT_API_URL right, to the end of its path?")
     except KeyRefused as error:
         advice = "Is HAPPYROBOT_API_KEY of the region of HAPPYROBOT_API_URL, and of the organisation HAPPYROBOT_ORG_ID?"
         yield Finding(Level.FAIL, "Platform API", f"refuses HAPPYROBOT_API_KEY ({error})", advice)
@@ -365,6 +371,21 @@ async def _platform_api(settings: Settings) -> Findings:
     finally:
         await happyrobot.aclose()
         await redis.aclose()
+
+
+async def _minds_keys(settings: Settings, redis: Redis) -> bool:
+    """Whether a key that is none is refused: else an address where nothing is would pass for HappyRobot's."""
+    nobody = settings.model_copy(update={"happyrobot_api_key": SecretStr("no-key-of-anybody")})
+    happyrobot = HappyRobot(nobody, redis)
+    try:
+        await happyrobot.run(str(uuid4()), READ, turn_taken=True)
+    except KeyRefused:
+        return True
+    except NoAnswer:
+        return False
+    finally:
+        await happyrobot.aclose()
+    return False
 
 
 async def _default_workflow(settings: Settings) -> Findings:
@@ -380,12 +401,20 @@ async def _default_workflow(settings: Settings) -> Findings:
 async def _hook(workflow: Workflow) -> Finding:
     """Whether a connection to a hook can be made."""
     check, host = f"workflow {workflow.id}", _host(workflow.hook.url)
+    if _goes_by_proxy(workflow.hook.url):
+        return Finding(Level.WARN, check, f"{host} is reached by way of a proxy, which was not tried")
     try:
         await reach(workflow.hook)
     except NotSent as error:
         level = Level.FAIL if workflow.active else Level.WARN
         return Finding(level, check, f"{host}: {error}", _why(error.__cause__))
     return Finding(Level.OK, check, f"{host} can be reached")
+
+
+def _goes_by_proxy(url: str) -> bool:
+    """Whether the environment names a proxy for this address, by which it is then called."""
+    parts, proxies = urlsplit(url), getproxies()
+    return bool(proxies.get(parts.scheme) or proxies.get("all")) and not proxy_bypass(parts.netloc)
 
 
 def _why(error: BaseException | None) -> str:

@@ -84,4 +84,4 @@ def _suggest(console: Console, hints: list[str], address: str) -> None:
     for line in hints:
         # Not wrapped, so that it can be copied as it stands.
         console.print(line, markup=False, soft_wrap=True)
-    console.print(f"\nThe API, to read and to try: {address}/docs")
+    console.print(f"\nThe console, to look: {address}/\nThe API, to read and to try: {address}/docs")

@@ -2,6 +2,7 @@
 
 HappyRobotError
 ├── NotSent         the request never left: nothing was started
+│   └── PutOff      nor was it when it left, and somebody else may send it again
 ├── Refused         HappyRobot answered that it did not
 ├── Unknown         it may have been started; nobody can say
 └── NoAnswer        asked about a run, HappyRobot said nothing of use
@@ -78,6 +79,10 @@ class HappyRobotError(Exception):
 
 
 class NotSent(HappyRobotError):
+    pass
+
+
+class PutOff(NotSent):
     pass
 
 
@@ -197,18 +202,29 @@ class HappyRobot:
         """Starts a workflow and returns its runs' ids, at least one.
 
         Sent again only when it certainly started nothing: HappyRobot knows no idempotency key, so a second request may
-        be a second phone call.
+        be a second phone call. Raises PutOff where it is cancelled between two attempts.
         """
-        async for attempt in stamina.retry_context(
-            on=_certainly_not_started,
-            attempts=_ATTEMPTS,
-            timeout=self._settings.happyrobot_trigger_timeout,
-            wait_initial=_FIRST_PAUSE,
-            wait_max=_LONGEST_PAUSE,
-            wait_jitter=_FIRST_PAUSE,
-        ):
-            with attempt, _measured("trigger"):
-                return await self._trigger_once(hook, payload)
+        between: HappyRobotError | None = None
+        try:
+            async for attempt in stamina.retry_context(
+                on=_certainly_not_started,
+                attempts=_ATTEMPTS,
+                timeout=self._settings.happyrobot_trigger_timeout,
+                wait_initial=_FIRST_PAUSE,
+                wait_max=_LONGEST_PAUSE,
+                wait_jitter=_FIRST_PAUSE,
+            ):
+                between = None
+                with attempt, _measured("trigger"):
+                    try:
+                        return await self._trigger_once(hook, payload)
+                    except (NotSent, Refused) as error:
+                        between = error
+                        raise
+        except asyncio.CancelledError as stopped:
+            if between is None:
+                raise
+            raise PutOff(f"{between}; the service stopped before it was sent again") from stopped
         raise AssertionError("stamina raises what the last attempt raised")
 
     async def _trigger_once(self, hook: Hook, payload: dict[str, Any]) -> list[str]:

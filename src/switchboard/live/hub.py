@@ -11,7 +11,7 @@ from fastapi import Depends
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import HTTPConnection
@@ -156,6 +156,11 @@ class Hub:
         """The newest event's id; 0 when there is none."""
         async with self._db.connect() as conn:
             return await conn.scalar(select(func.max(run_events.c.id))) or 0
+
+    async def highest(self) -> int:
+        """The highest id that an event has had, also one that is not kept any more."""
+        async with self._db.connect() as conn:
+            return await conn.scalar(text("SELECT last_value FROM run_events_id_seq")) or 0
 
     async def _listen(self) -> None:
         while True:

@@ -1,14 +1,12 @@
 """Server-sent events: replay from PostgreSQL, then follow, without a gap between the two."""
 
-import contextlib
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Annotated
 
-import anyio
 import structlog
 from fastapi import APIRouter, Header, Query, Request
 from pydantic_core import to_json
@@ -29,7 +27,6 @@ from switchboard.bodies import Id
 from switchboard.database import Db
 from switchboard.errors import BadRequest, Forbidden, NotFound, described
 from switchboard.events import Scope, read_events
-from switchboard.leaving import GOODBYE, CurrentLeaving, Leaving
 from switchboard.live.hub import CurrentHub, Follower, Hub
 from switchboard.live.messages import Frame
 from switchboard.tables import FINAL, RunStatus, agent_runs
@@ -96,7 +93,6 @@ async def follow_events(
     db: Db,
     hub: CurrentHub,
     seats: CurrentSeats,
-    leaving: CurrentLeaving,
     caller: Reader,
     context_id: Annotated[Id | None, Query(description="Only events of this context.")] = None,
     run_id: Annotated[Id | None, Query(description="Only events of this run; ends when the run is over.")] = None,
@@ -120,7 +116,7 @@ async def follow_events(
     if run_id is not None and await _status(db, wanted) in FINAL and seen_end:
         # The one answer that stops an EventSource from reconnecting.
         return Response(status_code=204)
-    return EventStream(db, hub, leaving, wanted, after, partial(seats.taken, caller, address_of(request)))
+    return EventStream(db, hub, wanted, after, partial(seats.taken, caller, address_of(request)))
 
 
 def _resumed_at(text: str | None) -> tuple[int | None, bool]:
@@ -150,12 +146,9 @@ TakeSeat = Callable[[Callable[[], None]], AbstractContextManager[None]]
 class EventStream(EventSourceResponse):
     """The response. It joins the hub before its headers are sent: whoever has seen them misses nothing."""
 
-    def __init__(
-        self, db: AsyncEngine, hub: Hub, leaving: Leaving, wanted: Scope, after: int | None, take_seat: TakeSeat
-    ) -> None:
+    def __init__(self, db: AsyncEngine, hub: Hub, wanted: Scope, after: int | None, take_seat: TakeSeat) -> None:
         self._db = db
         self._hub = hub
-        self._leaving = leaving
         self._wanted = wanted
         self._after = after
         self._take_seat = take_seat
@@ -171,27 +164,19 @@ class EventStream(EventSourceResponse):
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         try:
             async with self._hub.following(self._wanted) as follower:
-                taken = self._take_seat(follower.dismiss)
-                with taken, metrics.OPEN_STREAMS.track_inprogress(), self._until_long_gone():
+                with self._take_seat(follower.dismiss), metrics.OPEN_STREAMS.track_inprogress():
                     self.body_iterator = follow(self._db, self._hub, follower, self._after)
                     await super().__call__(scope, receive, send)
         except SendTimeoutError:
             log.info("browser that did not read was sent away")
 
-    @contextlib.contextmanager
-    def _until_long_gone(self) -> Iterator[None]:
-        with anyio.CancelScope() as scope:
-
-            def hurry() -> None:
-                scope.deadline = anyio.current_time() + GOODBYE
-
-            with self._leaving.telling(hurry):
-                yield
-
 
 async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | None) -> AsyncIterator[bytes]:
     """What a reader is sent: a replay of what came after `after`, if it is given, then what the follower gets."""
-    yield b": connected\nretry: %d\n\n" % random.randint(*_RETRY)  # noqa: S311  # spreads load, guards nothing
+    retry = random.randint(*_RETRY)  # noqa: S311  # spreads load, guards nothing
+    # A browser that has seen no event yet comes back to where it began, and not to where things stand by then.
+    here = b"id: %d\n" % follower.joined_after if after is None else b""
+    yield b": connected\nretry: %d\n%b\n" % (retry, here)
     run_id, sent, cut = follower.scope.run_id, follower.joined_after, False
     try:
         # Asked after joining: if the run ends from here on, its last event comes through the follower.
@@ -228,7 +213,7 @@ async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | Non
 
 async def _within_this_life(hub: Hub, follower: Follower, after: int) -> int:
     """Where to resume: from the start if the id is of a database that is no more, and would mute the stream."""
-    if after <= follower.joined_after or after <= await hub.newest():
+    if after <= follower.joined_after or after <= await hub.highest():
         return after
     return 0
 

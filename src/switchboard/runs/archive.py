@@ -5,7 +5,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from switchboard.happyrobot.records import RunRecord
-from switchboard.tables import run_records
+from switchboard.tables import agent_runs, run_records
 
 
 async def keep(db: AsyncEngine, run_id: str, record: RunRecord) -> RunRecord:
@@ -16,6 +16,10 @@ async def keep(db: AsyncEngine, run_id: str, record: RunRecord) -> RunRecord:
     async with db.begin() as conn:
         # One after the other, also while there is no row to lock: else the last one would be all that is kept.
         await conn.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"record {run_id}", 0))))
+        # Not of a run that is deleted meanwhile: nothing would lead to its record any more.
+        known = select(agent_runs.c.id).where(agent_runs.c.run_id == run_id).with_for_update(read=True, key_share=True)
+        if await conn.scalar(known) is None:
+            return record
         older = await kept(conn, run_id)
         if older is None and record.hollow:
             return record

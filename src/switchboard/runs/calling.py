@@ -97,7 +97,7 @@ async def trigger(
 
 
 @router.get("/workflows", summary="List what can be started", responses=described(400, 401, 403, 429))
-async def list_workflows(db: Db, settings: CurrentSettings, caller: Reader) -> list[WorkflowOut]:
+async def list_workflows(db: Db, settings: CurrentSettings, caller: Starter) -> list[WorkflowOut]:
     """`default` first, where it is there, then the others by id; those that are disabled say so."""
     first = default(settings)
     async with db.connect() as conn:

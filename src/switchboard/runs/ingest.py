@@ -350,7 +350,14 @@ _MOVE_RUN = (
         metadata=RUN_METADATA.op("-", return_type=JSONB())(bindparam("lost", type_=ARRAY(Text))).concat(
             bindparam("gained", type_=JSONB)
         ),
-        completed_at=case((bindparam("over", type_=Boolean), func.coalesce(agent_runs.c.completed_at, func.now()))),
+        # That of our own guess is no end once HappyRobot has said what became of it.
+        completed_at=case(
+            (
+                bindparam("over", type_=Boolean) & ~agent_runs.c.timed_out,
+                func.coalesce(agent_runs.c.completed_at, func.now()),
+            ),
+            (bindparam("over", type_=Boolean), func.now()),
+        ),
         updated_at=func.now(),
     )
 )

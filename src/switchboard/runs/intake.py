@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextvars import Context
 from typing import Annotated, Self
 
 from fastapi import Depends
@@ -57,7 +58,8 @@ class Intake:
         written: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._waiting.append((news, written))
         if self._writing is None:
-            self._writing = asyncio.create_task(self._write_all())
+            # In nobody's context: what it logs and traces is not about the one who came first.
+            self._writing = asyncio.create_task(self._write_all(), context=Context())
         return await written
 
     @contextlib.contextmanager
@@ -93,6 +95,9 @@ class Intake:
                 await self._write([self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))])
         finally:
             self._writing = None
+            # Stopped in the middle: nobody is to wait for ever.
+            while self._waiting:
+                self._waiting.popleft()[1].cancel()
 
     async def _write(self, batch: Sequence[_Waiting]) -> None:
         try:

@@ -35,7 +35,6 @@ from switchboard.runs.ingest import TURN
 from switchboard.runs.reconcile import GIVE_UP_AFTER
 from switchboard.tables import (
     FINAL,
-    ApprovalStatus,
     DeliveryStatus,
     ExecutionStatus,
     agent_runs,
@@ -176,9 +175,9 @@ async def _ripe_executions(conn: AsyncConnection, ids: Collection[UUID], limit: 
         return set()
     over = select(executions.c.id).where(executions.c.id == _any_execution(ids), _was_over(limit))
     runs = select(agent_runs.c.execution_id).where(agent_runs.c.execution_id == _any_execution(ids), ~_is_ripe(limit))
-    # To be decided, or decided and HappyRobot is still being told.
-    waits = or_(approvals.c.status == ApprovalStatus.PENDING, is_queued(DECIDE, cast(approvals.c.id, String)))
-    asked = select(approvals.c.execution_id).where(approvals.c.execution_id == _any_execution(ids), waits)
+    # HappyRobot is still being told. What nobody has decided is of no use to runs that are over, be it by our guess.
+    is_told = is_queued(DECIDE, cast(approvals.c.id, String))
+    asked = select(approvals.c.execution_id).where(approvals.c.execution_id == _any_execution(ids), is_told)
     # Locked, so that none is sent again while it is deleted.
     posted = (
         select(deliveries.c.execution_id, deliveries.c.status)

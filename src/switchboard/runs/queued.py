@@ -1,6 +1,5 @@
 """Executions that are accepted first and started by a worker: the Public API's."""
 
-import contextlib
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -12,7 +11,7 @@ from switchboard.access import keys
 from switchboard.access.callers import Caller
 from switchboard.errors import TriggerFailed
 from switchboard.executions import COLUMNS
-from switchboard.happyrobot.client import HappyRobot
+from switchboard.happyrobot.client import HappyRobot, PutOff
 from switchboard.jobs import START, Job, enqueue
 from switchboard.runs.ingest import DEFAULT_NAME
 from switchboard.runs.intake import Intake
@@ -111,8 +110,18 @@ class Launcher:
         name = workflow.name or DEFAULT_NAME
         runs = NewRuns(execution.id, workflow.id, execution.context_id, name, execution.description, ())
         body = payload(execution.input, execution.context_id)
-        with contextlib.suppress(TriggerFailed):  # it is written down, or is found by the sweep; whoever asks is told
-            await place(self._happyrobot, self._intake, self._settings, workflow, runs, body, patience=_PATIENCE)
+        try:
+            await place(
+                self._happyrobot, self._intake, self._settings, workflow, runs, body, patience=_PATIENCE, can_wait=True
+            )
+        except TriggerFailed:
+            pass  # it is written down, or is found by the sweep; whoever asks is told
+        except PutOff as error:
+            log.info("execution is left to another worker", execution_id=execution.id, error=error)
+            async with self._db.begin() as conn:
+                mine = (executions.c.id == execution.id) & (executions.c.status == ExecutionStatus.PENDING)
+                await conn.execute(update(executions).where(mine).values(answer_by=None))
+            return 0.0
         return None
 
     def _is_for_others(self, execution: Row[Any]) -> bool:

@@ -78,27 +78,30 @@ async def read_stats(
     workflow_id: Annotated[ShortText | None, Query(description="Only runs of this workflow.")] = None,
 ) -> StatsOut:
     """Runs by status, by hour and by workflow, and how long they took, of those that began in the last hours."""
-    now = datetime.now(UTC)
-    since = now.replace(minute=0, second=0, microsecond=0) - (hours - 1) * _HOUR
+    wanted = Filter(context_id or None, None, workflow_id or None)
     async with db.connect() as conn:
-        return await stats(conn, Filter(context_id or None, None, workflow_id or None), caller.sight, since, now)
+        # What is counted three times is counted at one moment, by the clock of those who wrote it.
+        await conn.execution_options(isolation_level="REPEATABLE READ")
+        now: datetime = (await conn.execute(select(func.now()))).scalar_one()
+        this_hour = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+        return await stats(conn, wanted, caller.sight, this_hour - (hours - 1) * _HOUR, now)
 
 
 async def stats(conn: AsyncConnection, wanted: Filter, sight: Sight, since: datetime, until: datetime) -> StatsOut:
-    """Reads nothing but indexes, so that it is quick among millions of runs."""
+    """Reads what an index has, so that it is quick among millions of runs; rows only where they are fresh."""
 
     def seen(query: Select[Any]) -> Select[Any]:
         return narrowed(query, wanted, sight)
 
-    began_since = agent_runs.c.created_at >= since
+    began = agent_runs.c.created_at.between(since, until)
     hour = func.date_bin(_HOUR, agent_runs.c.created_at, literal(since)).label("hour")
     status, workflow = agent_runs.c.status, agent_runs.c.workflow_id
-    counted = select(hour, workflow, status, func.count().label("runs")).where(began_since)
+    counted = select(hour, workflow, status, func.count().label("runs")).where(began)
     counts = (await conn.execute(seen(counted).group_by(hour, workflow, status))).all()
 
     took = cast(extract("epoch", agent_runs.c.completed_at - agent_runs.c.created_at), Float)
     quantiles = func.percentile_cont(literal([0.5, 0.95], ARRAY(Float))).within_group(took).label("quantiles")
-    completed = (began_since, status == RunStatus.COMPLETED, agent_runs.c.completed_at.is_not(None))
+    completed = (began, status == RunStatus.COMPLETED, agent_runs.c.completed_at >= agent_runs.c.created_at)
     in_all = (await conn.execute(seen(select(func.count(), quantiles).where(*completed)))).one()
     hourly = {
         row.hour: row.quantiles

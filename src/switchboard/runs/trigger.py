@@ -33,7 +33,7 @@ from switchboard.errors import (
     will_pass,
 )
 from switchboard.executions import COLUMNS
-from switchboard.happyrobot.client import HappyRobot, HappyRobotError, Unknown
+from switchboard.happyrobot.client import HappyRobot, HappyRobotError, PutOff, Unknown
 from switchboard.runs.ingest import DEFAULT_NAME
 from switchboard.runs.intake import Intake
 from switchboard.runs.sorting import NewRuns, Noted, Unconfirmed
@@ -181,11 +181,13 @@ async def place(
     body: dict[str, Any],
     *,
     patience: float = _PATIENCE,
+    can_wait: bool = False,
 ) -> list[str]:
     """Calls HappyRobot for an execution that is stored, and records the runs that it names; `runs` says whose.
 
     `patience` is in seconds: how long PostgreSQL may be away while they are recorded. Raises TriggerFailed when
-    HappyRobot did not confirm; what is known then is written down.
+    HappyRobot did not confirm; what is known then is written down. Raises PutOff, and writes nothing down, when the
+    service stops between two attempts and somebody else `can_wait` for the next.
     """
     # Ours come last, so that nobody can send the callbacks elsewhere.
     payload = {**body, "callback_url": settings.callback_url, "execution_id": str(runs.execution_id)}
@@ -193,6 +195,8 @@ async def place(
         try:
             run_ids = await happyrobot.trigger(workflow.hook, payload)
         except HappyRobotError as error:
+            if can_wait and isinstance(error, PutOff):
+                raise
             raise await _unconfirmed(intake, runs.execution_id, error) from error
         except asyncio.CancelledError as error:
             # The service stops, and has waited for as long as it could. The caller is still there to be told.
