@@ -11,23 +11,29 @@ from uuid import UUID, uuid4
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from playwright.async_api import Locator, Page, Route, expect
+from playwright.async_api import Dialog, Error, Locator, Page, Request, Route, expect
 from sqlalchemy import func, insert, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import local
 from switchboard.access import keys, seats
 from switchboard.console import page_policy
+from switchboard.happyrobot.simulator import Simulator
 from switchboard.tables import KeyScope, agent_runs, api_keys, deliveries, delivery_attempts, run_events
 from tests.conftest import (
+    API_KEY,
+    HOOK_KEY,
     Servers,
     Service,
     Tab,
     Upstream,
+    bearer,
     insert_run,
     new_key,
     running_service,
+    serving,
     settings_for,
+    until,
 )
 from tests.test_processes import deployed
 
@@ -40,6 +46,22 @@ SILENT = {"faults": "silent", "approval": True}
 @pytest.fixture(autouse=True, scope="module")
 def _patience() -> None:
     expect.set_options(timeout=20_000)
+
+
+# Of its own: its calls may go on for ever, and other tests wait until none is under way at theirs.
+
+
+@pytest.fixture(scope="module")
+async def upstream() -> AsyncIterator[Upstream]:
+    simulator = Simulator(hook_key=HOOK_KEY, api_key=API_KEY, pace=0.002)
+    async with serving(lambda _: simulator.app) as (url, _):
+        yield Upstream(simulator, url)
+
+
+@pytest.fixture(scope="module")
+async def service(database_url: str, servers: Servers, upstream: Upstream) -> AsyncIterator[Service]:
+    async with running_service(settings_for(database_url, servers.redis_url, upstream.url)) as service:
+        yield service
 
 
 async def started(service: Service, context_id: str, **more: Any) -> str:
@@ -73,8 +95,40 @@ def calls(upstream: Upstream, context_id: str) -> int:
     return sum((call.payload or {}).get("context_id") == context_id for call in upstream.simulator.calls)
 
 
+class Held:
+    """Requests that reach the service, and whose answers wait until they are let go."""
+
+    def __init__(self) -> None:
+        self.answered = asyncio.Event()
+        self.let_go = asyncio.Event()
+
+    async def __call__(self, route: Route) -> None:
+        answer = await route.fetch()
+        self.answered.set()
+        await self.let_go.wait()
+        with contextlib.suppress(Error):  # nobody may be waiting for it any more
+            await route.fulfill(response=answer)
+
+
 async def is_live(page: Page) -> None:
     await expect(page.locator(".connection")).to_have_attribute("data-state", "live")
+
+
+async def open_run(page: Page, service: Service, run_id: str) -> None:
+    """Opens a run, and waits until it was read as the page opened and again as the stream did."""
+    reads: list[str] = []
+    twice = asyncio.Event()
+
+    def note(request: Request) -> None:
+        if request.url.endswith(f"/runs/{run_id}"):
+            reads.append(request.url)
+        if len(reads) == 2:
+            twice.set()
+
+    page.on("requestfinished", note)
+    await page.goto(f"{service.url}/#/run/{run_id}")
+    await is_live(page)
+    await twice.wait()
 
 
 # How it is served
@@ -161,9 +215,87 @@ async def test_a_workflow_is_started_from_the_form_and_followed_to_its_end(
 
 
 async def test_a_double_click_places_one_call(service: Service, tab: Tab, upstream: Upstream, context_id: str):
+    sent: list[str] = []
+    tab.page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
     await tab.page.goto(f"{service.url}/#/trigger?context_id={context_id}")
-    await tab.page.get_by_role("button", name="Start “default”").dblclick()
+    form = tab.page.locator("form")
+    await expect(form).to_be_visible()
+    await form.evaluate("form => { form.requestSubmit(); form.requestSubmit(); }")
     await expect(tab.page).to_have_url(re.compile("#/run/"))
+    assert (len(sent), calls(upstream, context_id)) == (1, 1)
+
+
+async def test_a_reload_while_a_call_is_placed_places_no_other(
+    service: Service, tab: Tab, upstream: Upstream, context_id: str
+):
+    page, held, asked_to_stay = tab.page, Held(), []
+
+    async def leave(dialog: Dialog) -> None:
+        asked_to_stay.append(dialog.type)
+        await dialog.accept()
+
+    page.on("dialog", leave)
+    await page.route("**/trigger", held, times=1)
+    await page.goto(f"{service.url}/#/trigger?context_id={context_id}")
+    button = page.get_by_role("button", name="Start “default”")
+    await button.click()
+    await held.answered.wait()
+    kept = await page.evaluate("JSON.stringify({...sessionStorage})")
+    assert "console-" in kept
+    assert context_id not in kept
+    await page.reload()
+    assert asked_to_stay == ["beforeunload"]
+    held.let_go.set()
+    await button.click()
+    await expect(page).to_have_url(re.compile("#/run/"))
+    assert calls(upstream, context_id) == 1
+    assert await page.evaluate("sessionStorage.getItem('switchboard-intents')") == "{}"
+
+
+async def test_what_is_sent_is_what_is_shown_as_json(service: Service, tab: Tab, upstream: Upstream, context_id: str):
+    page = tab.page
+    await page.goto(f"{service.url}/#/trigger")
+    raw = page.get_by_label("What is sent, as JSON")
+    written = {"context_id": context_id, "notes": "line one\nline two", " note": "of\r\ntwo lines", "simulate": SILENT}
+    for number in ("12345678901234567890", "1e999"):
+        await raw.fill(json.dumps(written)[:-1] + f', "known": [{{"id": {number}}}, "{number}"]}}')
+        await expect(page.get_by_text(f"{number} is too long for a number")).to_be_visible()
+    await raw.fill(json.dumps(written))
+    await page.get_by_role("button", name="Start “default”").click()
+    await expect(page).to_have_url(re.compile("#/run/"))
+    [payload] = [
+        call.payload for call in upstream.simulator.calls if (call.payload or {}).get("context_id") == context_id
+    ]
+    assert payload is not None
+    assert {name: payload[name] for name in written} == written
+
+    await page.go_back()
+    await raw.fill(json.dumps(written))
+    await page.get_by_label("Name", exact=True).fill("Written in a field")
+    shown = json.loads(await raw.input_value())
+    assert (shown["name"], shown["notes"]) == ("Written in a field", "line one\nline two")
+
+
+async def test_whoever_looks_elsewhere_is_told_what_became_of_a_call(
+    service: Service, tab: Tab, upstream: Upstream, context_id: str
+):
+    page, held = tab.page, Held()
+    tab.expected = {"502"}
+    await page.route("**/trigger", held)
+    await page.goto(f"{service.url}/#/trigger")
+    body = json.dumps({"context_id": context_id, "simulate": {"faults": "disconnect,silent"}})
+    await page.get_by_label("What is sent, as JSON").fill(body)
+    await page.get_by_role("button", name="Start “default”").click()
+    await held.answered.wait()
+    await page.get_by_role("link", name="Runs").click()
+    await expect(page.get_by_role("heading", name="Runs", exact=True)).to_be_focused()
+    held.let_go.set()
+    told = page.locator(".notice")
+    await expect(told).to_contain_text(f"About {context_id}: The call may have been placed")
+    await page.get_by_role("link", name="Start a workflow").click()
+    await page.get_by_label("What is sent, as JSON").fill(body)
+    await expect(page.get_by_role("button", name="Start “default”")).to_be_disabled()
+    await expect(page.locator(".warning")).to_contain_text("The call may have been placed: do not send it again.")
     assert calls(upstream, context_id) == 1
 
 
@@ -248,6 +380,48 @@ async def test_a_run_is_canceled_once_somebody_is_sure(service: Service, tab: Ta
     await expect(page.get_by_role("button", name="Cancel run")).to_be_hidden()
 
 
+async def test_a_question_goes_with_its_page_and_an_answer_follows(service: Service, tab: Tab, context_id: str):
+    page, held = tab.page, Held()
+    run_id = await started(service, context_id)
+    await page.goto(f"{service.url}/#/runs?context_id={context_id}")
+    await page.locator("tbody a").click()
+    await page.get_by_role("button", name="Cancel run").click()
+    dialog = page.get_by_role("dialog", name="Cancel this run?")
+    await expect(dialog).to_be_visible()
+    await page.go_back()
+    await expect(page.get_by_role("heading", name="Runs", exact=True)).to_be_focused()
+    await expect(dialog).to_be_hidden()
+    await page.go_forward()
+    await page.route("**/cancel", held)
+    await page.get_by_role("button", name="Cancel run").click()
+    await dialog.get_by_role("button", name="Cancel run").click()
+    await expect(page.locator("h1")).to_be_focused()
+    await held.answered.wait()
+    await page.go_back()
+    await expect(page.get_by_role("heading", name="Runs", exact=True)).to_be_focused()
+    held.let_go.set()
+    await expect(page.locator(".notice")).to_have_text("The run is canceled")
+    assert (await service.run(run_id))["status"] == "CANCELED"
+
+
+async def test_what_happens_to_a_run_replaces_what_was_only_guessed(
+    service: Service, tab: Tab, db: AsyncEngine, context_id: str
+):
+    page = tab.page
+    run_id = await started(service, context_id)
+    guess = {"status": "FAILED", "timed_out": True, "completed_at": func.now(), "metadata": {"error": "Nothing heard"}}
+    async with db.begin() as conn:
+        await conn.execute(update(agent_runs).where(agent_runs.c.run_id == run_id).values(guess))
+    await page.clock.install()
+    await open_run(page, service, run_id)
+    error = page.get_by_role("region", name="Error")
+    await expect(error).to_contain_text("Nothing heard")
+    await service.callback(run_id, "failed", {"error": "Nobody answered"})
+    await expect(error).to_contain_text("Nobody answered")
+    async with page.expect_request("**/details"):
+        await page.clock.fast_forward(11_000)
+
+
 async def test_a_run_shows_its_conversation_and_plays_its_recordings(service: Service, tab: Tab, context_id: str):
     page = tab.page
     await page.goto(f"{service.url}/#/runs?context_id={context_id}")
@@ -325,28 +499,37 @@ async def test_older_runs_are_loaded_and_counted(service: Service, tab: Tab, db:
             "context_id": context_id,
             "name": f"Run {number}",
             "status": "COMPLETED",
-            "created_at": now - timedelta(hours=number),
-            "completed_at": now - timedelta(hours=number) + timedelta(seconds=90),
+            "created_at": now - timedelta(hours=hours),
+            "completed_at": now - timedelta(hours=hours) + timedelta(seconds=90),
         }
-        for number in range(60)
+        # None at the edge of the window, over which it may go when the hour turns.
+        for number, hours in enumerate([*range(20), *range(30, 70)])
     ]
     async with db.begin() as conn:
         await conn.execute(insert(agent_runs), runs)
     await page.goto(f"{service.url}/#/runs?context_id={context_id}&hours=168")
     rows = page.get_by_role("table", name="Runs").locator("tbody tr")
     await expect(rows).to_have_count(50)
+    await is_live(page)
+    older = page.get_by_role("button", name="Load older")
+    await older.focus()
+    await started(service, context_id, name="Newest")
+    await expect(rows.first).to_contain_text("Newest")
+    await expect(older).to_be_focused()
     async with page.expect_request(re.compile(r"/runs\?.*cursor=")):
-        await page.get_by_role("button", name="Load older").click()
-    await expect(rows).to_have_count(60)
+        await older.click()
+    await expect(rows).to_have_count(61)
     await expect(rows.last).to_contain_text("Run 59")
     await expect(page.get_by_role("button", name="Completed")).to_contain_text("60")
-    await expect(page.get_by_role("img", name="Runs started: 60 runs")).to_be_visible()
+    await expect(page.get_by_role("img", name="Runs started: 61 runs")).to_be_visible()
     await page.get_by_role("button", name="24 h").click()
-    await expect(page.get_by_role("img", name="Runs started: 24 runs")).to_be_visible()
+    await expect(page.get_by_role("img", name="Runs started: 21 runs")).to_be_visible()
     chart = page.get_by_role("region", name="Duration", exact=True)
     await chart.get_by_text("As a table").click()
     await expect(chart.get_by_role("row")).to_have_count(25)
-    await expect(chart.get_by_role("row").last).to_contain_text("1 min 30 s")
+    await expect(chart.get_by_role("row").filter(has_text="1 min 30 s")).to_have_count(20)
+    await expect(page.get_by_text("Started in the last 24 hours")).to_be_visible()
+    await expect(page.get_by_role("heading", name="All runs of all time")).to_be_visible()
 
 
 async def test_a_timeline_of_many_pages_has_everything_once(
@@ -369,6 +552,74 @@ async def test_a_timeline_of_many_pages_has_everything_once(
     await expect(entries.first).to_contain_text("line 801")
 
 
+async def test_a_timeline_that_could_not_be_read_is_read_when_something_happens(
+    service: Service, tab: Tab, context_id: str
+):
+    page, refused = tab.page, []
+    tab.expected = {"503"}
+    run_id = await started(service, context_id, name="Before")
+    twice = asyncio.Event()  # as the page opened, and as the stream did
+
+    async def refuse(route: Route) -> None:
+        await route.fulfill(status=503, json={"error": "Not now"})
+        refused.append(route)
+        if len(refused) == 2:
+            twice.set()
+
+    events = re.compile("/runs/[^/]+/events")
+    await page.route(events, refuse)
+    await page.goto(f"{service.url}/#/run/{run_id}")
+    await is_live(page)
+    await twice.wait()
+    timeline = page.get_by_role("region", name="Timeline")
+    await expect(timeline).to_contain_text("Not now")
+    await page.unroute(events)
+    await service.callback(run_id, "log", {"message": "After"})
+    await expect(timeline.locator(".event-gist")).to_have_text(["Before", "After"])
+    await expect(timeline).not_to_contain_text("Not now")
+
+
+STREAMS = """
+window.streams = [];
+window.EventSource = class extends EventSource {
+  constructor(url) { super(url); window.streams.push(this); }
+};
+"""
+"""Keeps the page's streams where a test finds them."""
+
+HIDDEN = "Object.defineProperty(document, 'hidden', { get: () => !window.seen });"
+"""A page that was opened out of sight."""
+
+
+async def test_a_page_out_of_sight_gives_its_connection_back(service: Service, tab: Tab):
+    page = tab.page
+    await page.clock.install()
+    await page.add_init_script(STREAMS + HIDDEN)
+    await page.goto(service.url)
+    await is_live(page)
+    await page.clock.fast_forward(11_000)
+    await until(lambda: page.evaluate("streams.length === 1 && streams[0].readyState === EventSource.CLOSED"))
+    await page.evaluate("dispatchEvent(new Event('online'))")
+    assert await page.evaluate("streams.length") == 1
+    await page.evaluate("window.seen = true; document.dispatchEvent(new Event('visibilitychange'))")
+    await until(lambda: page.evaluate("streams.length === 2 && streams[1].readyState === EventSource.OPEN"))
+    await is_live(page)
+
+
+async def test_a_stream_that_is_open_in_name_only_is_not_called_live(service: Service, tab: Tab, context_id: str):
+    page = tab.page
+    tab.expected = {"ERR_FAILED"}
+    run_id = await started(service, context_id)
+    await page.clock.install()
+    await page.add_init_script(STREAMS)
+    await open_run(page, service, run_id)
+    for dead in (f"**/runs/{run_id}", "**/api/events*"):
+        await page.route(dead, lambda route: route.abort())
+    await page.clock.fast_forward(31_000)
+    await until(lambda: page.evaluate("streams.length > 1"))
+    await expect(page.locator(".connection")).not_to_have_attribute("data-state", "live")
+
+
 async def test_a_burst_of_events_leaves_the_page_as_it_should_be(service: Service, tab: Tab, context_id: str):
     page = tab.page
     await page.goto(f"{service.url}/#/runs?context_id={context_id}")
@@ -387,10 +638,13 @@ async def test_a_burst_of_events_leaves_the_page_as_it_should_be(service: Servic
 
 async def test_what_waits_is_shown_and_approved(service: Service, tab: Tab, context_id: str):
     page = tab.page
+    await page.clock.install()
     await page.goto(f"{service.url}/#/approvals")
     await is_live(page)
     run_id = await asked(service, context_id, description="Please look at this")
     waiting = card(page, context_id)
+    await expect(waiting).to_be_visible()
+    await page.clock.fast_forward(5000)  # what waits is counted now and then
     await expect(waiting).to_contain_text("Please look at this")
     await expect(waiting.get_by_role("columnheader")).to_have_text(["Name", "Content"])
     await expect(waiting.get_by_role("cell")).to_have_text(["Ada", "Dear Ada"])
@@ -404,6 +658,45 @@ async def test_what_waits_is_shown_and_approved(service: Service, tab: Tab, cont
     query = {"status": "approved", "context_id": context_id}
     [approved] = (await service.http.get("/api/happyrobot/approvals", params=query)).json()
     assert (approved["run_id"], approved["comment"]) == (run_id, "Well said")
+
+
+async def test_what_is_decided_stays_in_its_place_and_the_next_is_at_hand(service: Service, tab: Tab, context_id: str):
+    page = tab.page
+    names = [f"{context_id} {letter}" for letter in "ABC"]
+    for name in names[:2]:
+        await asked(service, name)
+    await page.goto(f"{service.url}/#/approvals")
+    await is_live(page)
+    headings = page.get_by_role("heading", name=f"Look at {context_id}")
+    await expect(headings).to_have_count(2)
+    await card(page, names[1]).get_by_role("button", name="Reject").click()
+    await expect(card(page, names[1])).to_contain_text("Rejected")
+    await asked(service, names[2])
+    await expect(headings).to_have_text([f"Look at {name}" for name in names])
+    await card(page, names[0]).get_by_role("button", name="Approve").press("Enter")
+    await expect(headings.last).to_be_focused()
+    await card(page, names[2]).get_by_role("button", name="Approve").press("Enter")
+    await expect(page.get_by_role("heading", name="Approvals", level=1)).to_be_focused()
+
+
+async def test_all_rows_can_be_seen_and_a_table_is_not_without_end(service: Service, tab: Tab, context_id: str):
+    page = tab.page
+    rows = [{f"{row}-{column}": 1 for column in range(100)} for row in range(60)]
+    letters = [{"to": f"Person {row}", "text": "Hello", "from": "Us", "by": "phone"} for row in range(300)]
+    for name, sent in (("wide", rows), ("long", letters)):
+        run_id = await started(service, context_id)
+        data = {"rows": sent, "metadata": {"title": f"Look at {context_id} {name}"}}
+        await service.callback(run_id, "pending_approval", data)
+    await page.goto(f"{service.url}/#/approvals")
+    wide, long = card(page, f"{context_id} wide"), card(page, f"{context_id} long")
+    await expect(wide.get_by_role("columnheader")).to_have_count(30)
+    await expect(wide).to_contain_text("… and 5,970 more columns")
+    await wide.get_by_role("button", name="Raw JSON").click()
+    await expect(wide.locator("pre")).to_contain_text('"59-99": 1')
+    await expect(long.locator("tbody tr")).to_have_count(250)
+    await long.get_by_role("button", name="Show all 300 rows").click()
+    await expect(long.locator("tbody tr")).to_have_count(300)
+    await expect(long.locator("tbody tr").last).to_contain_text("Person 299")
 
 
 async def test_a_rejection_that_needs_a_comment_gets_one(service: Service, tab: Tab, context_id: str):
@@ -458,6 +751,42 @@ async def test_a_webhook_that_failed_is_sent_again(service: Service, tab: Tab, d
     assert await page.title() == "Deliveries · Switchboard"
 
 
+async def test_older_deliveries_are_loaded_as_far_as_they_can_be(service: Service, tab: Tab, db: AsyncEngine):
+    page, held = tab.page, Held()
+    key_id, _ = await new_key(db, KeyScope.PUBLIC)
+    more = {"key_id": key_id, "event": "execution.completed", "body": b"{}", "status": "failed", "failures": 4}
+    async with db.begin() as conn:
+        await conn.execute(insert(deliveries), [more | {"id": uuid4(), "execution_id": uuid4()} for _ in range(210)])
+    await page.clock.install()
+    await page.goto(f"{service.url}/#/deliveries")
+    rows = page.get_by_role("table", name="Deliveries").locator("tbody tr")
+    older = page.get_by_role("button", name="Load older")
+    await expect(rows).to_have_count(50)
+    await older.focus()
+    newest = await failed_delivery(db, key_id)
+    await page.clock.fast_forward(6000)
+    await expect(rows.first).to_contain_text(str(newest)[-6:])
+    await expect(older).to_be_focused()
+
+    await page.route("**/deliveries?*before=*", held, times=1)
+    await older.click()
+    await held.answered.wait()
+    await page.get_by_role("button", name="Delivered").click()
+    await expect(page.get_by_text("No webhooks here")).to_be_visible()
+    async with page.expect_event("requestfinished", lambda request: "before=" in request.url):
+        held.let_go.set()
+    await page.get_by_role("button", name="Failed").click()
+    await page.get_by_role("button", name="Delivered").click()
+    await expect(page.get_by_text("No webhooks here")).to_be_visible()
+
+    await page.get_by_role("button", name="All").click()
+    for shown in (50, 100, 150):
+        await expect(rows).to_have_count(shown)
+        await older.click()
+    await expect(page.get_by_text("200 shown, newest first. Choose a status to see older ones.")).to_be_visible()
+    await expect(older).to_be_hidden()
+
+
 async def failed_delivery(db: AsyncEngine, key_id: UUID) -> UUID:
     """The execution that a webhook is about which did not arrive."""
     execution_id, delivery_id = uuid4(), uuid4()
@@ -509,7 +838,7 @@ async def test_a_key_opens_the_page_where_one_wanted_to_be_until_it_is_revoked(
 
     async with db.begin() as conn:
         await keys.revoke(conn, key_id)
-    await expect(page.get_by_text("Your session has ended.")).to_be_visible()
+    await expect(page.get_by_role("main").get_by_text("Your session has ended.")).to_be_visible()
     await expect(page.get_by_role("link", name="Deliveries")).to_be_hidden()
     _, headers = await new_key(db, KeyScope.APP)
     await sign_in(page, headers)
@@ -523,7 +852,7 @@ async def test_a_key_opens_the_page_where_one_wanted_to_be_until_it_is_revoked(
     await expect(page.get_by_text("Your key does not allow this.")).to_be_visible()
 
     await page.get_by_role("button", name="Sign out").click()
-    await expect(page.get_by_text("You have signed out.")).to_be_visible()
+    await expect(page.get_by_role("main").get_by_text("You have signed out.")).to_be_visible()
     await page.reload()
     await expect(page.get_by_label("API key")).to_be_visible()
 
@@ -538,7 +867,7 @@ async def test_a_session_that_expires_leads_to_the_door(guarded: Service, tab: T
     async with db.begin() as conn:
         # The hour goes by.
         await conn.execute(update(api_keys).where(api_keys.c.id == key_id).values(expires_at=func.now()))
-    await expect(page.get_by_text("Your session has ended.")).to_be_visible()
+    await expect(page.get_by_role("main").get_by_text("Your session has ended.")).to_be_visible()
 
 
 async def test_a_key_of_a_customer_opens_nothing(guarded: Service, tab: Tab, db: AsyncEngine):
@@ -547,6 +876,65 @@ async def test_a_key_of_a_customer_opens_nothing(guarded: Service, tab: Tab, db:
     await tab.page.goto(guarded.url)
     await sign_in(tab.page, headers)
     await expect(tab.page.get_by_text("This key opens nothing here")).to_be_visible()
+
+
+async def test_what_is_half_written_outlives_a_session_but_not_a_farewell(
+    guarded: Service, tab: Tab, db: AsyncEngine, context_id: str
+):
+    page = tab.page
+    tab.expected = {"401", "403"}
+    key_id, headers = await new_key(db, KeyScope.APP)
+    await page.goto(f"{guarded.url}/#/trigger")
+    await sign_in(page, headers)
+    await page.get_by_label("Context id").fill(context_id)
+    await page.get_by_role("button", name="Add a field").click()
+    await page.get_by_label("Field name").fill("notes")
+    await page.get_by_label("Value").fill("half a sen")
+    await is_live(page)
+    async with db.begin() as conn:
+        await keys.revoke(conn, key_id)
+    await expect(page.get_by_label("API key")).to_have_accessible_description(re.compile("^Your session has ended."))
+    await expect(page.locator("#announcements")).to_have_text("Your session has ended.")
+    _, headers = await new_key(db, KeyScope.APP)
+    await sign_in(page, headers)
+    await expect(page.get_by_label("Value")).to_have_value("half a sen")
+    await expect(page.get_by_label("What is sent, as JSON")).to_have_value(re.compile(context_id))
+    await page.get_by_role("button", name="Sign out").click()
+    await sign_in(page, headers)
+    await expect(page.get_by_label("Context id")).to_have_value("")
+
+
+async def test_pages_of_one_browser_are_signed_in_and_out_together(guarded: Service, tab: Tab, db: AsyncEngine):
+    page, other = tab.page, await tab.page.context.new_page()
+    tab.expected = {"401"}
+    _, admin = await new_key(db, KeyScope.ADMIN)
+    _, app = await new_key(db, KeyScope.APP)
+    for each in (other, page):
+        await each.goto(guarded.url)
+        await expect(each.get_by_label("API key")).to_be_visible()
+    await sign_in(page, admin)
+    await is_live(other)
+    await expect(other.get_by_role("link", name="Deliveries")).to_be_visible()
+    await page.get_by_role("button", name="Sign out").click()
+    await expect(other.get_by_role("main").get_by_text("You have signed out.")).to_be_visible()
+    await sign_in(page, app)
+    await is_live(other)
+    await expect(other.get_by_role("link", name="Deliveries")).to_be_hidden()
+
+
+async def test_whoever_may_only_look_is_offered_nothing_else(
+    guarded: Service, tab: Tab, db: AsyncEngine, context_id: str
+):
+    page = tab.page
+    await insert_run(db, context_id)
+    _, headers = await new_key(db, KeyScope.ADMIN)
+    wanted = {"context_ids": "*", "scopes": ["read"], "expires_in": 600}
+    token = (await guarded.http.post("/api/happyrobot/tokens", json=wanted, headers=headers)).json()["token"]
+    await page.request.post(f"{guarded.url}/api/happyrobot/session", headers=bearer(token))
+    await page.goto(f"{guarded.url}/#/runs?context_id={context_id}")
+    await expect(page.get_by_role("table", name="Runs").locator("tbody tr")).to_contain_text("default")
+    await expect(page.get_by_role("link", name="Start a workflow")).to_be_hidden()
+    await expect(page.locator(".notice")).to_have_count(0)
 
 
 # Restarts
@@ -655,6 +1043,12 @@ async def test_what_strangers_write_stays_text(service: Service, tab: Tab, db: A
     await expect(page.get_by_role("heading", name=HOSTILE).first).to_be_visible()
 
 
+CONTROLS = """
+  [...document.querySelectorAll("a, button, input, select, textarea, summary")]
+    .filter((each) => each.checkVisibility() && !each.disabled)
+"""
+
+
 async def test_everything_is_reached_by_keyboard(service: Service, tab: Tab):
     page = tab.page
     await page.goto(service.url)
@@ -665,6 +1059,14 @@ async def test_everything_is_reached_by_keyboard(service: Service, tab: Tab):
     await expect(page.get_by_role("main")).to_be_focused()
     await page.get_by_role("link", name="Approvals").press("Enter")
     await expect(page.get_by_role("heading", name="Approvals", level=1)).to_be_focused()
+    await page.goto(f"{service.url}/#/trigger?rate=1450")
+    await expect(page.get_by_label("Value")).to_be_visible()
+    wanted = await page.evaluate(f"window.wanted = new Set({CONTROLS}); wanted.size")
+    assert wanted > 15
+    for _ in range(wanted + 2):
+        await page.keyboard.press("Tab")
+        await page.evaluate("wanted.delete(document.activeElement)")
+    assert await page.evaluate("[...wanted].map((each) => each.outerHTML)") == []
 
 
 async def test_light_and_dark_are_remembered(service: Service, tab: Tab):

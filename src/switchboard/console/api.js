@@ -21,7 +21,7 @@ export class ApiError extends Error {
   }
 }
 
-/** Those who want to know that nobody is signed in any more. */
+/** Says `ended` when nobody is signed in any more, and `unanswered` when a request got no answer. */
 export const access = new EventTarget();
 
 /**
@@ -45,6 +45,7 @@ export async function send(method, path, { body, headers = {}, signal, patience 
     text = await answer.text();
   } catch (error) {
     if (signal?.aborted) throw error;
+    access.dispatchEvent(new Event("unanswered"));
     throw new ApiError(0, late.aborted ? "There was no answer in time." : "The service cannot be reached.");
   }
   const read = parsed(text);

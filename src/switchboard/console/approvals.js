@@ -5,12 +5,14 @@
 
 import { page as pageOf, post, segment } from "./api.js";
 import { fill, h, keyed, say } from "./dom.js";
+import { isOver } from "./format.js";
 import { badge, choice, failure, icon, id, lasting, notice, nothing, skeleton, when } from "./parts.js";
 import { paced } from "./pacing.js";
 import { address, go } from "./router.js";
-import { readable, table } from "./values.js";
+import { table, value } from "./values.js";
 
 const MOST = 100;
+const MOST_DECIDED = 20; // of what is no longer waiting, on the page of what is
 
 const STATES = {
   pending: { word: "Waiting", icon: "waiting" },
@@ -26,10 +28,10 @@ const EMPTY = {
   withdrawn: ["Nothing was withdrawn yet", "What a run asked is withdrawn when the run ends first."],
 };
 
+export const isAboutApproval = ({ event_type: type }) => ["pending_approval", "approved", "rejected"].includes(type);
+
 /** Whether an event may change what is waiting: it is about an approval, or its run is over. */
-export function concernsApprovals({ event_type: type, status }) {
-  return ["pending_approval", "approved", "rejected"].includes(type) || !["RUNNING", "PENDING"].includes(status);
-}
+export const concernsApprovals = (event) => isAboutApproval(event) || isOver(event.status);
 
 /** @type {import("./main.js").View} */
 export function show(place, page) {
@@ -71,12 +73,20 @@ export function show(place, page) {
       list,
       [...cards.values()],
       (approval) => approval.id,
-      (approval) => card(approval, page, decided, read),
+      (approval) => card(approval, page, decided, read, goOn),
     );
 
   function decided(approval, changes) {
     cards.set(approval.id, { ...cards.get(approval.id), ...changes });
     draw();
+  }
+
+  /** After a decision, whose buttons are gone: takes a reader to what waits next. */
+  function goOn(from, byKeyboard) {
+    const waiting = [...list.querySelectorAll("[data-status=pending]")];
+    const isAfter = (other) => from.compareDocumentPosition(other) & Node.DOCUMENT_POSITION_FOLLOWING;
+    const next = waiting.find(isAfter)?.querySelector("h2") ?? title;
+    next.focus({ preventScroll: !byKeyboard });
   }
 
   function changed(to) {
@@ -111,29 +121,33 @@ const wish = ({ params }) => (Object.hasOwn(STATES, params.status ?? "") ? param
 
 /**
  * What is waiting now, and what was waiting when it came onto the page: whoever reads it is told what became of it.
+ * Each stays in its place, so that nobody presses a button that was another's a moment ago.
  */
 function merged(before, found, status) {
   const now = new Map(found.map((approval) => [approval.id, approval]));
   if (status !== "pending") return now;
-  const gone = [...before.values()].filter((approval) => !now.has(approval.id));
-  const left = gone.map((approval) =>
-    approval.status === "pending" ? { ...approval, status: "withdrawn", elsewhere: true } : approval,
-  );
-  return new Map([...left, ...found].map((approval) => [approval.id, approval]));
+  const there = [...before.values()].map((approval) => {
+    if (approval.status !== "pending") return approval;
+    return now.get(approval.id) ?? { ...approval, status: "withdrawn", elsewhere: true };
+  });
+  const added = found.filter((approval) => !before.has(approval.id));
+  const tooMany = there.filter((approval) => approval.status !== "pending").slice(0, -MOST_DECIDED);
+  const left = there.filter((approval) => !tooMany.includes(approval));
+  return new Map([...left, ...added].map((approval) => [approval.id, approval]));
 }
 
-function card(approval, page, decided, read) {
+function card(approval, page, decided, read, goOn) {
   const { rows = [], metadata = {}, displayFields = [] } = approval.approval_data ?? {};
   const name = text(metadata.title) || "Something is to be approved";
   const status = badge(approval.status, STATES);
   const took = lasting(approval.created_at, approval.decided_at);
   const waited = h("span", {}, "waited ", took.element);
-  const form = decisionForm(approval, name, decided, read);
+  const form = decisionForm(approval, name, decided, read, goOn);
   const outcome = h("p", { class: "decided" });
   const element = h(
     "article",
     { class: "panel approval", "aria-labelledby": `approval-${approval.id}` },
-    h("header", {}, h("h2", { id: `approval-${approval.id}` }, name), status.element),
+    h("header", {}, h("h2", { id: `approval-${approval.id}`, tabindex: -1 }, name), status.element),
     metadata.description && h("p", {}, text(metadata.description)),
     h(
       "p",
@@ -177,12 +191,9 @@ function told({ status, elsewhere, decided_at: moment }) {
 function content(rows, displayFields, caption) {
   const objects = rows.filter((row) => row !== null && typeof row === "object" && !Array.isArray(row));
   if (rows.length === 0) return h("p", { class: "none" }, "The run has sent nothing to look at.");
-  if (objects.length < rows.length) return readable(rows);
-  return table(
-    objects,
-    displayFields.filter((name) => typeof name === "string"),
-    caption,
-  );
+  if (objects.length < rows.length) return value(rows);
+  const columns = displayFields.filter((name) => typeof name === "string");
+  return value(rows, () => table(objects, columns, caption));
 }
 
 const KNOWN = ["title", "description", "requireComment", "totalRows", "allowBulkApproval"];
@@ -191,11 +202,11 @@ function more(metadata) {
   const others = Object.entries(metadata).filter(([name]) => !KNOWN.includes(name));
   return (
     others.length > 0 &&
-    h("details", { class: "quiet" }, h("summary", {}, "More about it"), readable(Object.fromEntries(others)))
+    h("details", { class: "quiet" }, h("summary", {}, "More about it"), value(Object.fromEntries(others)))
   );
 }
 
-function decisionForm(approval, name, decided, read) {
+function decisionForm(approval, name, decided, read, goOn) {
   const required = approval.require_comment;
   const field = `comment-${approval.id}`;
   const comment = h("textarea", { id: field, rows: 2, required, "aria-describedby": `${field}-problem` });
@@ -207,14 +218,14 @@ function decisionForm(approval, name, decided, read) {
         type: "button",
         class: `button ${look}`,
         "aria-label": `${word}: ${name}`,
-        on: { click: () => decide(verdict) },
+        on: { click: (event) => decide(verdict, event) },
       },
       icon(shape),
       word,
     );
   const buttons = [button("approve", "Approve", "primary", "done"), button("reject", "Reject", "danger", "failed")];
 
-  async function decide(verdict) {
+  async function decide(verdict, { currentTarget: pressed, detail: clicks }) {
     const said = comment.value.trim();
     say(problem, required && !said ? "A comment is required." : "");
     comment.setAttribute("aria-invalid", String(required && !said));
@@ -224,15 +235,17 @@ function decisionForm(approval, name, decided, read) {
       const { status } = await post(`/approvals/${segment(approval.id)}/${verdict}`, said ? { comment: said } : {});
       decided(approval, { status, comment: said || null, decided_at: new Date().toISOString(), elsewhere: false });
       notice(status === "approved" ? "Approved" : "Rejected");
+      if (document.activeElement === document.body) goOn(element, clicks === 0);
     } catch (error) {
       say(problem, error.status === 409 ? `${error.message}.` : error.message);
       if (error.status === 404 || error.status === 409) read();
     } finally {
       for (const each of buttons) each.disabled = false;
+      if (document.activeElement === document.body) pressed.focus({ preventScroll: true });
     }
   }
 
-  return h(
+  const element = h(
     "div",
     { class: "decision" },
     h("label", { for: field }, "Comment", h("span", { class: "quiet" }, required ? " (required)" : " (optional)")),
@@ -240,6 +253,7 @@ function decisionForm(approval, name, decided, read) {
     problem,
     h("div", { class: "actions start" }, buttons),
   );
+  return element;
 }
 
 const text = (value) =>

@@ -209,9 +209,10 @@ function stack(bar, left, y, step) {
   });
 }
 
-/** A line through what is known; a value between two gaps is a point. */
+/** A line through what is known; a value between two gaps is a point, and large enough to be seen. */
 function line(values, kind, x, y) {
   const parts = [];
+  const points = [];
   let open = false;
   values.forEach((value, at) => {
     if (value === null) {
@@ -219,10 +220,11 @@ function line(values, kind, x, y) {
       return;
     }
     parts.push(`${open ? "L" : "M"}${x(at).toFixed(1)} ${y(value).toFixed(1)}`);
-    if (!open && (values[at + 1] ?? null) === null) parts.push("h.01");
+    if (!open && (values[at + 1] ?? null) === null)
+      points.push(svg("circle", { class: "point", data: { kind }, cx: x(at), cy: y(value), r: 3 }));
     open = true;
   });
-  return [svg("path", { class: "line", data: { kind }, d: parts.join("") })];
+  return [svg("path", { class: "line", data: { kind }, d: parts.join("") }), points];
 }
 
 function asTable(title, { columns, headings }) {

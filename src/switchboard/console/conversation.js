@@ -4,7 +4,7 @@
  */
 
 import { get, segment } from "./api.js";
-import { fill, h } from "./dom.js";
+import { fill, h, say } from "./dom.js";
 import { clock, duration, exact, heading } from "./format.js";
 import { failure, icon, nothing, skeleton, withButton } from "./parts.js";
 import { paced } from "./pacing.js";
@@ -15,7 +15,7 @@ const ROLES = { assistant: "Agent", user: "Person", tool: "Tool", event: "Event"
 /**
  * @param {string} runId
  * @param {import("./main.js").Page} page
- * @returns {{ element: Element, refresh(): void, offerRecordings(): void }}
+ * @returns {{ element: Element, refresh(hurry?: boolean): void, offerRecordings(): void }}
  */
 export function conversation(runId, page) {
   const body = h("div", {}, skeleton(6));
@@ -39,20 +39,25 @@ export function conversation(runId, page) {
   );
   const sound = recordings(runId, page);
   const extras = h("div", { class: "stacked" });
+  let drawn = "";
 
-  const refresh = paced(page.signal, 1500, async () => {
+  const refresh = paced(page.signal, 10_000, async () => {
     try {
       const details = await get(`/runs/${segment(runId)}/details`, {}, page.signal);
-      fill(
+      say(
         source,
         details.source === "database"
           ? "as kept here; HappyRobot was not asked or has forgotten it"
           : "from HappyRobot",
       );
+      const now = JSON.stringify(details);
+      if (now === drawn) return; // whoever reads or selects it is not disturbed
+      drawn = now;
       fill(body, sessions(details));
       fill(extras, outputs(details.outputs), issues(details.issues), about(details));
     } catch (error) {
       if (error.name === "AbortError") return;
+      if (drawn) return say(source, `could not be read again: ${why(error)}`);
       fill(body, failure({ message: why(error) }, error.status === 409 ? null : () => refresh(true)));
     }
   });

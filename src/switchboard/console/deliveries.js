@@ -46,7 +46,13 @@ export function show(place, page) {
     body,
   );
   const state = h("div", {});
-  const more = h("div", { class: "more" });
+  const trouble = h("div", {});
+  const shown = h("span", { class: "quiet" });
+  const load = h(
+    "button",
+    { type: "button", class: "button", hidden: true, on: { click: () => withButton(load, older) } },
+    "Load older",
+  );
   const element = h(
     "div",
     { class: "view" },
@@ -54,7 +60,7 @@ export function show(place, page) {
     h("p", { class: "quiet" }, "Webhooks that tell customers what became of their executions."),
     list,
     state,
-    more,
+    h("div", { class: "more" }, trouble, shown, load),
   );
 
   const read = paced(page.signal, 1000, async () => {
@@ -66,16 +72,10 @@ export function show(place, page) {
       take(found, new Map());
     } catch (error) {
       if (error.name === "AbortError") return;
-      if (deliveries.size === 0)
-        fill(
-          state,
-          failure(error, () => read(true)),
-        );
-      else
-        fill(
-          more,
-          failure(error, () => read(true)),
-        );
+      fill(
+        deliveries.size === 0 ? state : trouble,
+        failure(error, () => read(true)),
+      );
     }
   });
 
@@ -97,30 +97,33 @@ export function show(place, page) {
           asked ? "None has this status." : "They appear when a customer's key has an address for webhooks.",
         ),
     );
-    const load = h(
-      "button",
-      { type: "button", class: "button", on: { click: () => withButton(load, older) } },
-      "Load older",
-    );
-    fill(
-      more,
-      deliveries.size > 0 && h("span", { class: "quiet" }, `${number(deliveries.size)} shown, newest first`),
-      next && deliveries.size < MOST && load,
-    );
+    fill(trouble);
+    offerOlder();
+  }
+
+  function offerOlder() {
+    const full = next !== null && deliveries.size >= MOST;
+    const count = `${number(deliveries.size)} shown, newest first`;
+    say(shown, deliveries.size === 0 ? "" : full ? `${count}. Choose a status to see older ones.` : count);
+    load.hidden = next === null || full;
   }
 
   async function older() {
+    const status = asked;
     wanted = Math.min(MOST, deliveries.size + PAGE);
-    take(await pageOf(next, {}, page.signal), deliveries);
+    const found = await pageOf(next, {}, page.signal);
+    if (status === asked) take(found, deliveries);
   }
 
   function changed(to) {
     asked = wish(to);
     states.update(asked);
     deliveries = new Map();
+    next = null;
     wanted = PAGE;
     list.hidden = true;
-    fill(more);
+    fill(trouble);
+    offerOlder();
     fill(state, skeleton(6));
     read(true);
   }

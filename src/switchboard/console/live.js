@@ -5,7 +5,7 @@
 
 import { pause } from "./pacing.js";
 
-const REST = 60_000; // milliseconds out of sight after which a page lets others have its connection: browsers have six
+const REST = 10_000; // milliseconds out of sight after which a page lets others have its connection: browsers have six
 const PATIENCE = 10_000; // milliseconds without a stream after which nobody speaks of "reconnecting" any more
 
 /** @typedef {"connecting" | "live" | "reconnecting" | "offline" | "signed out"} State */
@@ -34,7 +34,7 @@ export class Live extends EventTarget {
   #source = null;
   #lastId = "";
   #patience = 0;
-  #rest = 0;
+  #resting = 0;
   #checkAccess;
 
   /** @param {() => Promise<void>} checkAccess Closes this if nobody is signed in; fails if that cannot be said. */
@@ -42,11 +42,10 @@ export class Live extends EventTarget {
     super();
     this.#checkAccess = checkAccess;
     addEventListener("offline", () => this.#source && this.#become("offline"));
-    addEventListener("online", () => this.#source && this.open());
+    addEventListener("online", () => this.#source && !document.hidden && this.open());
     document.addEventListener("visibilitychange", () => {
-      clearTimeout(this.#rest);
-      if (document.hidden) this.#rest = setTimeout(() => this.#source?.close(), REST);
-      else if (this.#source?.readyState === EventSource.CLOSED) this.open();
+      this.#restIfHidden();
+      if (!document.hidden && this.#source?.readyState === EventSource.CLOSED) this.open();
     });
     // Out of the browser's cache of pages, whose connections it has closed.
     addEventListener("pageshow", (event) => event.persisted && this.#source && this.open());
@@ -56,6 +55,7 @@ export class Live extends EventTarget {
     this.#source?.close();
     const source = new EventSource(`/api/events${this.#lastId && `?last_event_id=${this.#lastId}`}`);
     this.#source = source;
+    this.#restIfHidden(); // a page may be opened out of sight, and no event says so
     if (this.state === "signed out") this.#become("connecting");
     source.onopen = () => {
       this.#become("live");
@@ -77,6 +77,13 @@ export class Live extends EventTarget {
     };
   }
 
+  /** A request got no answer: a stream may be open in name only, through a proxy that has stopped to pass it on. */
+  reopen() {
+    if (this.state !== "live" || document.hidden) return;
+    this.#become("reconnecting");
+    this.open();
+  }
+
   /** Nobody is signed in: there is nothing to follow. */
   close() {
     this.#source?.close();
@@ -88,13 +95,22 @@ export class Live extends EventTarget {
   async #again(source, milliseconds) {
     source.close();
     await pause(milliseconds);
-    if (source !== this.#source) return;
+    if (source !== this.#source || document.hidden) return; // it is opened when somebody looks
     try {
       await this.#checkAccess();
       if (source === this.#source) this.open();
     } catch {
       if (source === this.#source) this.#again(source, 1000 + 2000 * Math.random());
     }
+  }
+
+  #restIfHidden() {
+    clearTimeout(this.#resting);
+    if (!document.hidden) return;
+    this.#resting = setTimeout(() => {
+      this.#source?.close();
+      if (this.#source) this.#become("connecting"); // as soon as somebody looks
+    }, REST);
   }
 
   /** @param {State} state */

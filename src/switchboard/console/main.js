@@ -4,7 +4,7 @@
  */
 
 import { access, get } from "./api.js";
-import { approvalsTitle, concernsApprovals, show as approvals } from "./approvals.js";
+import { approvalsTitle, concernsApprovals, isAboutApproval, show as approvals } from "./approvals.js";
 import { show as deliveries } from "./deliveries.js";
 import { fill, h, say } from "./dom.js";
 import { Live } from "./live.js";
@@ -15,7 +15,7 @@ import { show as run } from "./run.js";
 import { show as runs } from "./runs.js";
 import { current, signOut } from "./session.js";
 import { closed, door } from "./signin.js";
-import { show as trigger } from "./trigger.js";
+import { forgetDraft, show as trigger } from "./trigger.js";
 
 /**
  * What a view is given. Everything that it starts ends with `signal`, when somebody leaves it.
@@ -53,6 +53,9 @@ let workflows = [];
 let view = null;
 let place = null;
 let leave = new AbortController();
+
+/** The other pages of this browser, which have the same cookie. */
+const others = new BroadcastChannel("switchboard");
 
 const live = new Live(async () => {
   if ((await current()) === null) signedOut("Your session has ended.");
@@ -115,15 +118,20 @@ async function enter(now) {
   fill(bar, top());
   live.open();
   arrive();
-  countApprovals();
+  countApprovals(true);
 }
 
+/** For those who may start one; others see ids in place of names. */
 async function readWorkflows() {
-  if (may("read")) workflows = await get("/workflows");
+  workflows = may("trigger") ? await get("/workflows") : [];
 }
 
+const LEFT = "You have signed out.";
+
+/** Closes everything; somebody whose session has only ended finds what they have typed. */
 function signedOut(why) {
   if (session === null) return;
+  if (why === LEFT) forgetDraft();
   session = null;
   live.close();
   fill(bar);
@@ -131,10 +139,17 @@ function signedOut(why) {
 }
 
 function showDoor(why = "") {
-  put(() => door(why, enter));
+  put(() => door(why, arrived));
+  announce(why);
   main.querySelector("input").focus();
 }
 
+function arrived(now) {
+  others.postMessage("signed in");
+  enter(now);
+}
+
+/** Asks who is there until it is known. */
 async function begin() {
   for (;;) {
     try {
@@ -234,7 +249,8 @@ function top() {
 async function leaveForGood() {
   try {
     await signOut();
-    signedOut("You have signed out.");
+    others.postMessage("signed out");
+    signedOut(LEFT);
   } catch (error) {
     notice(error.message, { bad: true });
   }
@@ -249,7 +265,7 @@ function changeTheme() {
 
 const forever = new AbortController().signal;
 
-const countApprovals = paced(forever, 1000, async () => {
+const countApprovals = paced(forever, 5000, async () => {
   if (!may("read")) return;
   try {
     const { length } = await get("/approvals", { status: "pending", limit: MOST_COUNTED });
@@ -263,12 +279,17 @@ const countApprovals = paced(forever, 1000, async () => {
   }
 });
 
-live.addEventListener("happened", ({ detail }) => concernsApprovals(detail) && countApprovals());
+live.addEventListener("happened", ({ detail }) => {
+  // The end of a run withdraws what it has asked.
+  if (isAboutApproval(detail) || (concernsApprovals(detail) && !badgeOfApprovals.hidden)) countApprovals();
+});
 live.addEventListener("opened", countApprovals);
 live.addEventListener("state", () => {
   connection.dataset.state = live.state;
   say(connection.lastChild, live.state);
 });
+others.addEventListener("message", ({ data }) => (data === "signed out" ? signedOut(LEFT) : begin()));
+access.addEventListener("unanswered", () => live.reopen());
 access.addEventListener("ended", () => session !== null && signedOut("Your session has ended."));
 addEventListener("hashchange", arrive);
 document.querySelector(".skip").addEventListener("click", (event) => {

@@ -85,11 +85,11 @@ export function id(text, most = 18, href = null) {
   return h("span", { class: "id" }, href ? h("a", { href }, code) : code, copyButton(text, "Copy the id"));
 }
 
-/** A button that copies what it is given, or what a function returns. */
+/** A button that copies what it is given. */
 export function copyButton(text, label, visibleLabel = null) {
   const copy = async () => {
     try {
-      await navigator.clipboard.writeText(typeof text === "function" ? text() : text);
+      await navigator.clipboard.writeText(text);
       notice("Copied");
     } catch {
       notice("The browser did not allow it to be copied", { bad: true });
@@ -147,10 +147,10 @@ export function choice(label, options, chosen, choose) {
 }
 
 /**
- * Asks before something is done that cannot be undone.
+ * Asks before something is done that cannot be undone; no longer when the signal says so.
  * @returns {Promise<boolean>}
  */
-export function confirmed({ title, text, action, keep }) {
+export function confirmed({ title, text, action, keep, signal }) {
   return new Promise((answer) => {
     const dialog = h(
       "dialog",
@@ -168,21 +168,25 @@ export function confirmed({ title, text, action, keep }) {
       dialog.remove();
       answer(dialog.returnValue === "yes");
     });
+    signal.addEventListener("abort", () => dialog.close());
     document.body.append(dialog);
     dialog.showModal();
   });
 }
 
-/** Does something with a button switched off meanwhile; its errors become a notice. */
+/** Does something with a button switched off meanwhile; its errors become a notice, unless somebody has left. */
 export async function withButton(button, work) {
+  const held = document.activeElement === button;
   button.disabled = true;
   button.setAttribute("aria-busy", "true");
   try {
     return await work();
   } catch (error) {
-    notice(error.message, { bad: true });
+    if (error.name !== "AbortError") notice(error.message, { bad: true });
   } finally {
     button.disabled = false;
     button.removeAttribute("aria-busy");
+    // A button that is switched off loses the focus.
+    if (held && document.activeElement === document.body) button.focus({ preventScroll: true });
   }
 }

@@ -32,11 +32,9 @@ export function address(view, id = null, params = {}) {
   return `#/${view}${id === null ? "" : `/${encodeURIComponent(id)}`}${query(params)}`;
 }
 
-/** Goes there; `quietly` without a step that the back button would undo. */
-export function go(view, id = null, params = {}, { quietly = false } = {}) {
+export function go(view, id = null, params = {}) {
   const to = address(view, id, params);
   if (to === location.hash) return;
-  if (quietly) history.replaceState(null, "", to);
-  else history.pushState(null, "", to);
+  history.pushState(null, "", to);
   dispatchEvent(new HashChangeEvent("hashchange"));
 }

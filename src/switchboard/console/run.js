@@ -9,7 +9,7 @@ import { conversation } from "./conversation.js";
 import { fill, h, say } from "./dom.js";
 import { isOver } from "./format.js";
 import { badge, confirmed, failure, icon, id, lasting, notice, skeleton, when, withButton } from "./parts.js";
-import { paced } from "./pacing.js";
+import { every, paced } from "./pacing.js";
 import { address } from "./router.js";
 import { timeline } from "./timeline.js";
 import { value } from "./values.js";
@@ -60,7 +60,7 @@ export function show({ id: runId }, page) {
         look();
       }
       draw();
-      if (before && !isOver(before.status) && isOver(run.status)) talk.refresh();
+      if (before && !isOver(before.status) && isOver(run.status)) talk.refresh(true);
     } catch (error) {
       if (error.name === "AbortError") return;
       if (run === null) parts.hidden = facts.hidden = error.status === 404;
@@ -152,10 +152,13 @@ export function show({ id: runId }, page) {
       text: "HappyRobot is asked to stop it. Somebody who is on the phone is cut off.",
       action: "Cancel run",
       keep: "Let it go on",
+      signal: page.signal,
     });
     if (!sure) return;
+    title.focus(); // the button may be gone when this is over
     await withButton(cancel, async () => {
-      const answer = (await send("POST", `/runs/${segment(runId)}/cancel`, { signal: page.signal })).body;
+      // Not given up when somebody looks elsewhere, and told them there.
+      const answer = (await send("POST", `/runs/${segment(runId)}/cancel`)).body;
       notice(
         answer.status === "canceled"
           ? "The run is canceled"
@@ -168,11 +171,14 @@ export function show({ id: runId }, page) {
   // The stream says that something has changed; what it is, the run itself says.
   const happened = ({ detail: event }) => {
     if (event.run_id !== runId) return;
-    if (event.status !== run?.status) read();
+    if (event.event_type !== "log") talk.refresh();
+    if (event.event_type !== "log" || event.status !== run?.status) read();
     if (concernsApprovals(event)) look();
   };
   page.live.addEventListener("happened", happened, { signal: page.signal });
   page.live.addEventListener("opened", read, { signal: page.signal });
+  page.live.addEventListener("opened", look, { signal: page.signal });
+  every(30_000, read, page.signal); // a stream can be dead without a sign of it
   read();
   return { element, title: "Run", heading: title };
 }

@@ -6,7 +6,7 @@
 import { page as pageOf } from "./api.js";
 import { fill, h, keyed, say } from "./dom.js";
 import { gist, isOver, middle, number } from "./format.js";
-import { badge, failure, lasting, nothing, skeleton, when } from "./parts.js";
+import { badge, failure, lasting, nothing, skeleton, when, withButton } from "./parts.js";
 import { every, paced, perFrame } from "./pacing.js";
 import { address } from "./router.js";
 
@@ -37,10 +37,16 @@ export function runList(page) {
   const meanwhiles = new Set();
 
   const body = h("tbody", { role: "rowgroup" });
-  const more = h("div", { class: "more" });
+  const trouble = h("div", {});
+  const shown = h("span", { class: "quiet" });
+  const load = h(
+    "button",
+    { type: "button", class: "button", hidden: true, on: { click: () => withButton(load, loadOlder) } },
+    "Load older",
+  );
   const state = h("div", {});
   const list = h("table", { class: "list", role: "table", "aria-label": "Runs", hidden: true }, head(), body);
-  const element = h("div", { class: "runs" }, list, state, more);
+  const element = h("div", { class: "runs" }, list, state, h("div", { class: "more" }, trouble, shown, load));
 
   const draw = perFrame(() => {
     keyed(
@@ -63,19 +69,20 @@ export function runList(page) {
       const found = await pageOf(from ?? "/runs", from ? {} : { ...filter, limit }, signal);
       if (!from && limit !== wanted) return refresh(); // more has been asked for since
       if (!from) runs = new Map();
-      for (const run of found.items) runs.set(run.runId, run);
+      for (const run of found.items) runs.set(run.runId, { ...run, latest: latest(run) });
       next = found.next;
       meanwhile.forEach(apply);
       fill(state, runs.size === 0 && empty(filter));
+      fill(trouble);
       draw();
-      offerMore();
+      offerOlder();
     } catch (error) {
       if (error.name === "AbortError") return;
       // What is there stays: it is only not the newest.
       if (runs.size === 0) fill(state, failure(error, start));
       else
         fill(
-          more,
+          trouble,
           failure(error, () => refresh(true)),
         );
     } finally {
@@ -83,21 +90,16 @@ export function runList(page) {
     }
   }
 
-  function offerMore() {
-    const said = `${number(runs.size)} shown, newest first`;
-    const load = h("button", { type: "button", class: "button", on: { click: loadOlder } }, "Load older");
-    fill(
-      more,
-      h("span", { class: "quiet" }, runs.size ? said : ""),
-      next && runs.size < MOST && load,
-      next && runs.size >= MOST && h("span", { class: "quiet" }, "Narrow the list down to see older ones."),
-    );
+  function offerOlder() {
+    const full = next !== null && runs.size >= MOST;
+    const count = `${number(runs.size)} shown, newest first`;
+    say(shown, runs.size === 0 ? "" : full ? `${count}. Narrow the list down to see older ones.` : count);
+    load.hidden = next === null || full;
   }
 
-  async function loadOlder(event) {
-    event.target.disabled = true;
+  function loadOlder() {
     wanted = Math.min(MOST, runs.size + PAGE);
-    await read(next);
+    return read(next);
   }
 
   /** Returns whether the event is about a run that may have to be in the list, and is not. */
@@ -127,7 +129,8 @@ export function runList(page) {
 
   function start() {
     fill(state, skeleton(8));
-    fill(more);
+    fill(trouble);
+    offerOlder();
     refresh(true);
   }
 
@@ -153,6 +156,9 @@ export function runList(page) {
   };
 }
 
+/** What a run has said last, worked out once for each answer: results may be long. */
+const latest = ({ metadata: { error, result, logs } }) => gist(error ?? result ?? logs.at(-1));
+
 function head() {
   const names = ["Status", "Run", "Latest", "Workflow", "Started", "Duration"];
   const cells = names.map((name) => h("th", { scope: "col", role: "columnheader" }, name));
@@ -162,7 +168,7 @@ function head() {
 function row(run, page) {
   const status = badge(run.status);
   const took = lasting(run.createdAt, run.completedAt);
-  const latest = h("span", { class: "latest" });
+  const said = h("span", { class: "latest" });
   const cell = (kind, ...parts) => h("td", { role: "cell", class: `cell-${kind}` }, parts);
   const element = h(
     "tr",
@@ -173,7 +179,7 @@ function row(run, page) {
       h("a", { href: address("run", run.runId), class: "stretched" }, run.name || "Run"),
       h("code", { title: `${run.contextId}\nrun ${run.runId}` }, middle(run.contextId, 28)),
     ),
-    cell("latest", latest),
+    cell("latest", said),
     cell("workflow", page.workflowName(run.workflowId)),
     cell("started", when(run.createdAt)),
     cell("duration", took.element),
@@ -182,9 +188,8 @@ function row(run, page) {
   const update = (now) => {
     status.update(now.status);
     took.update(now.createdAt, now.completedAt);
-    const text = now.latest ?? gist(now.metadata.error ?? now.metadata.result ?? now.metadata.logs.at(-1));
-    if (latest.title !== text) latest.title = text;
-    say(latest, text);
+    if (said.title !== now.latest) said.title = now.latest;
+    say(said, now.latest);
     element.dataset.status = now.status;
     if (shown !== now.status) element.classList.add("changed");
     shown = now.status;

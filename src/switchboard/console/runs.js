@@ -13,6 +13,7 @@ import { go } from "./router.js";
 import { runList } from "./runlist.js";
 
 const WINDOWS = { 24: "24 h", 168: "7 d", 720: "30 d" };
+const SPANS = { 24: "24 hours", 168: "7 days", 720: "30 days" };
 const FILTERS = ["context_id", "workflow_id", "status"];
 
 /** @type {import("./main.js").View} */
@@ -27,11 +28,13 @@ export function show(place, page) {
   const trouble = h("div", {});
   const filters = filterBar(page, change);
   const list = runList(page);
-  const listTitle = h("h2", { id: "list-title" });
+  const listTitle = h("span", {});
+  const within = h("p", { id: "within", class: "quiet within" });
   const element = h(
     "div",
     { class: "view" },
     h("header", { class: "head" }, title, span.element),
+    within,
     numbers.element,
     trouble,
     h(
@@ -42,7 +45,12 @@ export function show(place, page) {
     h(
       "section",
       { "aria-labelledby": "list-title" },
-      h("header", { class: "head" }, listTitle, filters.element),
+      h(
+        "header",
+        { class: "head" },
+        h("h2", { id: "list-title" }, listTitle, h("span", { class: "quiet" }, " of all time")),
+        filters.element,
+      ),
       list.element,
     ),
   );
@@ -69,6 +77,7 @@ export function show(place, page) {
     const before = asked;
     asked = wish(to);
     span.update(asked.hours);
+    say(within, `Started in the last ${SPANS[asked.hours]}`);
     numbers.choose(asked.status);
     filters.update(asked);
     say(listTitle, asked.status ? `${STATUSES[asked.status].word} runs` : "All runs");
@@ -123,7 +132,11 @@ function statusFilter(choose) {
     ),
   );
   return {
-    element: h("div", { class: "stats", role: "group", "aria-label": "Filter by status" }, buttons),
+    element: h(
+      "div",
+      { class: "stats", role: "group", "aria-label": "Filter by status", "aria-describedby": "within" },
+      buttons,
+    ),
     choose(now) {
       for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.status === now));
     },

@@ -19,7 +19,7 @@ export function door(why, enter) {
     autocomplete: "off",
     spellcheck: "false",
     autocapitalize: "off",
-    "aria-describedby": "key-problem key-hint",
+    "aria-describedby": "why key-problem key-hint",
   });
   const problem = h("p", { id: "key-problem", class: "problem", role: "alert" });
   const submit = h("button", { type: "submit", class: "button primary" }, "Sign in");
@@ -49,7 +49,7 @@ export function door(why, enter) {
       { class: "panel" },
       h("img", { src: "/console/icon.svg", alt: "", width: 40, height: 40 }),
       title,
-      why && h("p", { class: "why" }, why),
+      why && h("p", { id: "why", class: "why" }, why),
       h(
         "form",
         { novalidate: true, on: { submit: onSubmit } },

@@ -21,7 +21,8 @@ export function timeline(runId, page) {
   /** @type {import("./live.js").RunEvent[]} By id. */
   let events = [];
   let waiting = [];
-  let complete = false;
+  /** @type {"reading" | "complete" | "failed"} */
+  let progress = "reading";
   let drawn = DRAWN;
 
   const list = h("ol", { class: "timeline", "aria-label": "Events, oldest first" });
@@ -63,7 +64,7 @@ export function timeline(runId, page) {
 
   /** Reads what comes after what is here, to the end. */
   const catchUp = paced(page.signal, 1000, async () => {
-    complete = false;
+    progress = "reading";
     try {
       let next = null;
       do {
@@ -72,24 +73,28 @@ export function timeline(runId, page) {
         add(found.items);
         next = found.next;
       } while (next);
-      complete = true;
+      progress = "complete";
       add(waiting);
       waiting = [];
       fill(state, events.length === 0 && nothing("Nothing yet", "HappyRobot has not said anything about this run."));
     } catch (error) {
-      if (error.name !== "AbortError")
-        fill(
-          state,
-          failure(error, () => catchUp(true)),
-        );
+      if (error.name === "AbortError") return;
+      progress = "failed";
+      fill(
+        state,
+        failure(error, () => catchUp(true)),
+      );
     }
   });
 
   function happened({ detail: event }) {
     if (event.run_id !== runId) return;
-    fill(state);
-    if (complete) add([event]);
-    else waiting.push(event); // it comes after what is being read
+    if (progress === "complete") {
+      fill(state);
+      return add([event]);
+    }
+    waiting.push(event); // it comes after what is being read
+    if (progress === "failed") catchUp();
   }
 
   page.live.addEventListener("happened", happened, { signal: page.signal });

@@ -5,6 +5,7 @@
 
 import { send } from "./api.js";
 import { fill, h, say } from "./dom.js";
+import { doubt, isUnconfirmed, keyOf, settle } from "./intents.js";
 import { icon, id, notice } from "./parts.js";
 import { address, go } from "./router.js";
 
@@ -16,30 +17,40 @@ const KINDS = {
   text: { word: "Text", read: (text) => text },
   number: { word: "Number", read: readNumber },
   boolean: { word: "True or false", read: (text) => text === "true" },
-  json: { word: "JSON", read: JSON.parse },
+  json: { word: "JSON", read: readJson },
 };
 
 function readNumber(text) {
   const read = Number(text);
   if (text.trim() === "" || !Number.isFinite(read)) throw new Error("This is not a number.");
-  if (Number.isInteger(read) && !Number.isSafeInteger(read))
-    throw new Error("This is too long for a number: make it a text.");
+  if (isRounded(read)) throw new Error("This is too long for a number: make it a text.");
   return read;
 }
 
-/**
- * The `Idempotency-Key` of each body of which nobody has said yet what became of it: the same body is the same intent,
- * also for somebody who has looked elsewhere meanwhile.
- * @type {Map<string, string>}
- */
-const intents = new Map();
+/** Numbers that would be sent as others are refused: looked for in the text, as what is read has them no more. */
+function readJson(text) {
+  const read = JSON.parse(text);
+  const tokens = text.match(/"(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*/g) ?? [];
+  const long = tokens.find((token) => token[0] !== '"' && isRounded(Number(token)));
+  if (long) throw new Error(`${long} is too long for a number: make it a text.`);
+  return read;
+}
 
-/** Bodies that may have placed a call. */
-const unconfirmed = new Set();
+const isRounded = (value) => !Number.isFinite(value) || (Number.isInteger(value) && !Number.isSafeInteger(value));
+
+/** What was typed last and not started, for whoever has to sign in again meanwhile: at which address, and what. */
+let draft = null;
+
+/** Somebody else may come now. */
+export function forgetDraft() {
+  draft = null;
+}
 
 /** @type {import("./main.js").View} */
 export function show({ params }, page) {
   let sending = false;
+  /** The body, while it was the text that was typed last: what the fields make of it may differ. */
+  let typed = null;
 
   const title = h("h1", { tabindex: -1 }, "Start a workflow");
   const inputs = {
@@ -116,6 +127,7 @@ export function show({ params }, page) {
     if (target === raw) readRaw();
     else writeRaw();
     changed();
+    remember(target === raw);
   });
 
   function addRow(name = "", kind = "text", text = "") {
@@ -146,9 +158,30 @@ export function show({ params }, page) {
       row.remove();
       writeRaw();
       changed();
+      remember(false);
     });
     rows.append(row);
     return nameInput;
+  }
+
+  /** A row's name, type and text. */
+  const entered = (row) => [
+    row.querySelector(".row-name").value,
+    row.querySelector(".row-kind").value,
+    row.querySelector(".row-place").firstChild.value,
+  ];
+
+  function remember(asText) {
+    const named = NAMED.map((name) => [name, inputs[name].value]);
+    draft = { address: location.hash, named, rows: [...rows.children].map(entered), text: asText ? raw.value : null };
+  }
+
+  function recall() {
+    for (const [name, text] of draft.named) inputs[name].value = text;
+    for (const row of draft.rows) addRow(...row);
+    if (draft.text === null) return writeRaw();
+    raw.value = draft.text;
+    readRaw();
   }
 
   /** The body as the fields have it; what is wrong is said beside them. */
@@ -157,8 +190,8 @@ export function show({ params }, page) {
     for (const name of NAMED) if (inputs[name].value.trim() !== "") body[name] = inputs[name].value.trim();
     let good = true;
     for (const row of rows.children) {
-      const name = row.querySelector(".row-name").value.trim();
-      const text = row.querySelector(".row-place").firstChild.value;
+      const [untrimmed, kind, text] = entered(row);
+      const name = untrimmed.trim();
       let wrong = "";
       if (name === "" && text === "") continue;
       if (name === "") wrong = "It has no name.";
@@ -167,7 +200,7 @@ export function show({ params }, page) {
       else if (name in body) wrong = "There is one with this name already.";
       else {
         try {
-          body[name] = KINDS[row.querySelector(".row-kind").value].read(text);
+          body[name] = KINDS[kind].read(text);
         } catch (error) {
           wrong = error instanceof SyntaxError ? "This is not JSON." : error.message;
         }
@@ -179,6 +212,7 @@ export function show({ params }, page) {
   }
 
   function writeRaw() {
+    typed = null;
     const body = fromFields();
     if (body === null) return;
     raw.value = JSON.stringify(body, null, 2);
@@ -186,16 +220,17 @@ export function show({ params }, page) {
   }
 
   function readRaw() {
+    typed = null;
     let body;
     try {
-      body = JSON.parse(raw.value);
-    } catch {
-      say(rawProblem, "This is not JSON yet.");
-      return;
+      body = readJson(raw.value);
+    } catch (error) {
+      return say(rawProblem, error instanceof SyntaxError ? "This is not JSON yet." : error.message);
     }
     const wrong = problemOf(body);
     say(rawProblem, wrong);
     if (wrong) return;
+    typed = body;
     for (const name of NAMED) inputs[name].value = body[name] ?? (name === "workflow_id" ? "default" : "");
     fill(rows);
     for (const [name, value] of Object.entries(body)) if (!NAMED.includes(name)) addRow(name, ...written(value));
@@ -212,8 +247,10 @@ export function show({ params }, page) {
     return "";
   }
 
+  const bodyNow = () => typed ?? fromFields();
+
   function changed() {
-    fill(outcome);
+    fill(outcome, isUnconfirmed(bodyNow()) && warning(...UNCONFIRMED));
     showIntent();
   }
 
@@ -228,14 +265,14 @@ export function show({ params }, page) {
         : "There is no active workflow that could be started.",
     );
     fill(submit, icon("phone"), sending ? "Starting …" : `Start “${name}”`);
-    submit.disabled = sending || !workflow || unconfirmed.has(JSON.stringify(fromFields()));
+    submit.disabled = sending || !workflow || isUnconfirmed(bodyNow());
     form.inert = sending; // what is being sent stays as it is
   }
 
   function onSubmit(event) {
     event.preventDefault();
     if (sending) return;
-    const body = fromFields();
+    const body = bodyNow();
     for (const name of ["workflow_id", "context_id"]) {
       const missing = inputs[name].value.trim() === "";
       inputs[name].setAttribute("aria-invalid", String(missing));
@@ -255,22 +292,25 @@ export function show({ params }, page) {
   }
 
   async function place(body) {
-    const intent = JSON.stringify(body);
-    if (!intents.has(intent)) intents.set(intent, newKey());
     sending = true;
     fill(outcome);
     showIntent();
+    const askToStay = (event) => event.preventDefault(); // whoever closes the page does not learn what becomes of it
+    addEventListener("beforeunload", askToStay);
     try {
-      const headers = { "Idempotency-Key": intents.get(intent) };
+      const headers = { "Idempotency-Key": keyOf(body) };
       // Not given up when somebody looks elsewhere: what has been sent cannot be taken back.
       const { run_ids: started } = (await send("POST", "/trigger", { body, headers, patience: PATIENCE })).body;
-      intents.delete(intent);
+      settle(body);
+      forgetDraft();
       notice(started.length === 1 ? "The run has started" : `${started.length} runs have started`);
       if (!page.signal.aborted) arrive(started, body.context_id);
     } catch (error) {
-      if (error.body.status === "submission_unknown") unconfirmed.add(intent);
-      if (error.body.status === "failed") intents.delete(intent); // its key stands for what has failed
-      tell(error);
+      if (error.body.status === "submission_unknown") doubt(body);
+      if (error.body.status === "failed") settle(body); // its key stands for what has failed
+      tell(error, body.context_id);
+    } finally {
+      removeEventListener("beforeunload", askToStay);
     }
     sending = false;
     showIntent();
@@ -282,40 +322,25 @@ export function show({ params }, page) {
     else go("runs", null, { context_id: contextId });
   }
 
-  function tell({ status, message, body }) {
-    const runs = (body.run_ids ?? []).map((run) => h("a", { href: address("run", run) }, id(run).firstChild));
-    const detail = body.detail && h("p", { class: "quiet" }, body.detail);
-    if (body.status === "submission_unknown") {
-      fill(
-        outcome,
-        warning(
-          "The call may have been placed: do not send it again.",
-          "HappyRobot took the request and did not answer. The run appears in the list when it calls back.",
-          detail,
-          body.execution_id && h("p", { class: "quiet" }, "Execution ", id(body.execution_id)),
-          runs,
-        ),
-      );
-    } else if (body.status === "failed") {
-      fill(outcome, warning(`${message}: nobody was called.`, "You can send it again.", detail));
-    } else if (body.status === "pending") {
-      fill(outcome, warning(`${message}.`, "Send it again to see what became of it; nobody is called twice."));
-    } else if (status === 0 || status >= 500) {
-      fill(
-        outcome,
-        warning(
-          message,
-          "It may have been sent. Send it again as it is, and nobody is called twice; changed, it is another call.",
-        ),
-      );
-    } else {
-      fill(outcome, warning(`${message}.`, "Nobody was called."));
-    }
+  function tell(error, contextId) {
+    const [what, then] = meaning(error);
+    if (page.signal.aborted) return notice(`About ${contextId}: ${what} ${then}`, { bad: true });
+    const { detail, execution_id: execution, run_ids: runs = [] } = error.body;
+    fill(
+      outcome,
+      warning(
+        what,
+        then,
+        detail && h("p", { class: "quiet" }, detail),
+        execution && h("p", { class: "quiet" }, "Execution ", id(execution)),
+        runs.map((run) => h("a", { href: address("run", run) }, id(run).firstChild)),
+      ),
+    );
   }
 
-  fromParams(params);
-  writeRaw();
-  showIntent();
+  if (draft?.address === location.hash) recall();
+  else fromParams(params);
+  changed();
   return {
     element: h("div", { class: "view" }, h("header", { class: "head" }, title), form),
     title: "Start a workflow",
@@ -327,7 +352,27 @@ export function show({ params }, page) {
       if (NAMED.includes(name)) inputs[name].value = text;
       else addRow(name, "text", text);
     }
+    writeRaw();
   }
+}
+
+const UNCONFIRMED = [
+  "The call may have been placed: do not send it again.",
+  "HappyRobot took the request and did not answer. The run appears in the list when it calls back.",
+];
+
+/** What it means that nothing has started, and what to do now. */
+function meaning({ status, message, body }) {
+  if (body.status === "submission_unknown") return UNCONFIRMED;
+  if (body.status === "failed") return [`${message}: nobody was called.`, "You can send it again."];
+  if (body.status === "pending")
+    return [`${message}.`, "Send it again to see what became of it; nobody is called twice."];
+  if (status === 0 || status >= 500)
+    return [
+      message,
+      "It may have been sent. Send it again as it is, and nobody is called twice; changed, it is another call.",
+    ];
+  return [`${message}.`, "Nobody was called."];
 }
 
 function option({ id: workflow, name, active }) {
@@ -347,14 +392,10 @@ function field(name, word, input, hint = "") {
 }
 
 function valueInput(kind, text) {
-  if (kind !== "boolean")
-    return h("input", {
-      "aria-label": "Value",
-      placeholder: "value",
-      autocomplete: "off",
-      value: text,
-      inputmode: kind === "number" ? "decimal" : null,
-    });
+  const attributes = { "aria-label": "Value", placeholder: "value", autocomplete: "off" };
+  if (kind === "number") return h("input", { ...attributes, value: text, inputmode: "decimal" });
+  // Of one row, and yet not an `input`, which would take the lines out of a text.
+  if (kind !== "boolean") return h("textarea", { ...attributes, rows: 1 }, text);
   const select = h(
     "select",
     { "aria-label": "Value" },
@@ -378,10 +419,4 @@ function warning(what, ...more) {
     h("p", {}, icon("failed"), h("b", {}, what)),
     more.map((part) => (typeof part === "string" ? h("p", {}, part) : part)),
   );
-}
-
-/** Also where the page came over an unencrypted connection, which has no `randomUUID`. */
-function newKey() {
-  const bytes = crypto.getRandomValues(new Uint8Array(16));
-  return `console-${Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("")}`;
 }
