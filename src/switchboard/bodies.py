@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
-from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, JsonValue, StringConstraints, ValidationError
 from pydantic_core import PydanticCustomError, from_json
 
 from switchboard.errors import BadRequest, RequestTimeout, TooLarge, complaint
@@ -96,5 +96,16 @@ JsonBody = Annotated[Any, Depends(_json_body)]
 
 def body_of(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     """An endpoint's body, for the OpenAPI document: it is read by our own strict reader, and not by FastAPI."""
+    return {"requestBody": {"required": required, "content": {"application/json": shown(model)}}}
+
+
+def answered(example: JsonValue) -> dict[int | str, dict[str, Any]]:
+    """An endpoint's answer, for the OpenAPI document, where its model's example is another endpoint's."""
+    return {200: {"content": {"application/json": {"example": example}}}}
+
+
+def shown(model: type[BaseModel]) -> dict[str, Any]:
+    """A model's schema, and beside it the one example that it has."""
     schema = model.model_json_schema()
-    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
+    [example] = schema.pop("examples")
+    return {"schema": schema, "example": example}

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from switchboard import bodies, metrics, tracing
 from switchboard.access.limits import CurrentFailures, address_of
 from switchboard.errors import NotFound, Unauthorized, described
-from switchboard.happyrobot.payloads import CallbackIn, read_callback
+from switchboard.happyrobot.payloads import CLOUD_EVENT, CallbackIn, read_callback
 from switchboard.runs.intake import CurrentIntake
 from switchboard.runs.sorting import Duplicate, Held, Outcome
 from switchboard.settings import CurrentSettings
@@ -64,9 +64,10 @@ async def _from_happyrobot(
         "requestBody": {
             "required": True,
             "content": {
-                "application/json": {"schema": CallbackIn.model_json_schema()},
+                "application/json": bodies.shown(CallbackIn),
                 "application/cloudevents+json": {
-                    "schema": {"type": "object", "required": ["specversion", "id", "type", "data"]}
+                    "schema": {"type": "object", "required": ["specversion", "id", "type", "data"]},
+                    "example": CLOUD_EVENT,
                 },
             },
         }

@@ -22,8 +22,17 @@ def iso(moment: datetime) -> str:
 
 
 Timestamp = Annotated[
-    datetime, PlainSerializer(iso, return_type=str), WithJsonSchema({"type": "string", "format": "date-time"})
+    datetime,
+    PlainSerializer(iso, return_type=str),
+    WithJsonSchema({"type": "string", "format": "date-time", "examples": ["2026-01-15T09:30:00.250Z"]}),
 ]
+
+# What answers are about. All examples of the OpenAPI document tell of one call.
+IdOfRun = Annotated[str, Field(examples=["19184e4c-74ca-474a-8978-e77f5a661e4f"])]
+IdOfContext = Annotated[str, Field(examples=["order_123"])]
+IdOfWorkflow = Annotated[str, Field(examples=["default"])]
+IdOfExecution = Annotated[UUID, Field(examples=["5f0c8c1e-6a55-4a3e-9a53-0c8f5f3a6f10"])]
+IdOfApproval = Annotated[UUID, Field(examples=["b1f6a1a8-3a43-4f0b-8a0f-6c8c6f1f0c11"])]
 
 
 APPROVAL_REQUESTED = "pending_approval"
@@ -63,16 +72,32 @@ class NewEvent:
 class Event(BaseModel):
     """One thing that happened to a run. `run_id`, `event_type` and `data` are the guide's."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": 4711,
+                    "run_id": "19184e4c-74ca-474a-8978-e77f5a661e4f",
+                    "context_id": "order_123",
+                    "workflow_id": "default",
+                    "event_type": "log",
+                    "status": "RUNNING",
+                    "timestamp": "2026-01-15T09:30:12.500Z",
+                    "data": {"message": "Blue Mesa Freight has answered"},
+                }
+            ]
+        },
+    )
 
     id: int = Field(description="Grows with time; resume after it.", examples=[4711])
-    run_id: str
-    context_id: str
-    workflow_id: str = Field(examples=["default"])
+    run_id: IdOfRun
+    context_id: IdOfContext
+    workflow_id: IdOfWorkflow
     event_type: str = Field(examples=["log"])
     status: RunStatus = Field(description="The run's status once this had happened.")
     timestamp: Timestamp = Field(description="When it happened, or when we learnt of it.")
-    data: Any = Field(examples=[{"message": "Agent said hello"}])
+    data: Any = Field(examples=[{"message": "Blue Mesa Freight has answered"}])
     _written_at: float | None = PrivateAttr(None)
 
     @property

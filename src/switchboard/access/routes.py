@@ -28,7 +28,10 @@ Scope = Literal["read", "trigger", "decide", "operate"]
 class TokenIn(BaseModel):
     """What a browser is to be let in for."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(
+        strict=True,
+        json_schema_extra={"examples": [{"context_ids": ["order_123"], "scopes": ["read"], "expires_in": 900}]},
+    )
 
     context_ids: Annotated[list[Id], Field(min_length=1, max_length=100)] | Literal["*"] = Field(
         description='The contexts that it may see, or `"*"` for all.', examples=[["order_123"]]
@@ -46,7 +49,7 @@ class TokenIn(BaseModel):
 class TokenOut(BaseModel):
     """A browser token."""
 
-    token: str
+    token: str = Field(description="For `Authorization: Bearer`.", examples=["eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9…"])
     expires_at: Timestamp
 
 
@@ -59,12 +62,14 @@ class SessionOut(BaseModel):
 class CallerOut(BaseModel):
     """Who is asking, and what they may."""
 
-    anonymous: bool = Field(description="Whether these are no credentials, and none are needed.")
+    anonymous: bool = Field(description="Whether these are no credentials, and none are needed.", examples=[False])
     name: str | None = Field(
         description="Of the API key, or of the one that gave a token for all contexts.", examples=["Our app"]
     )
     scopes: list[Scope] = Field(examples=[["read", "trigger"]])
-    context_ids: list[str] | Literal["*"]
+    context_ids: list[str] | Literal["*"] = Field(
+        description='The contexts that they may see, or `"*"` for all.', examples=["*"]
+    )
     expires_at: Timestamp | None = Field(description="When that ends, if it does.")
 
 

@@ -372,6 +372,7 @@ function meaning({ status, message, body }) {
       message,
       "It may have been sent. Send it again as it is, and nobody is called twice; changed, it is another call.",
     ];
+  if (status === 422) return [`${message}.`, "It may have been sent before, in another form: look for its run first."];
   return [`${message}.`, "Nobody was called."];
 }
 

@@ -11,7 +11,7 @@ from switchboard.access.callers import Operator
 from switchboard.database import Db
 from switchboard.deliveries import log
 from switchboard.errors import Conflict, NotFound, described
-from switchboard.events import Timestamp
+from switchboard.events import IdOfExecution, Timestamp
 from switchboard.pages import link_next
 from switchboard.sight import Sight
 from switchboard.tables import DeliveryStatus, WebhookEvent
@@ -24,12 +24,15 @@ class LoggedAttempt(BaseModel):
 
     model_config = ConfigDict(from_attributes=True)
 
-    number: int
+    number: int = Field(description="The first is 1.", examples=[1])
     started_at: Timestamp
-    duration_ms: int = Field(description="Milliseconds.")
-    status_code: int | None = Field(description="Of the answer, if there was one.")
-    response: str | None = Field(description="The first 1,000 bytes of it.")
-    error: str | None = Field(description="Why it failed; null where it was delivered.")
+    duration_ms: int = Field(description="Milliseconds.", examples=[184])
+    status_code: int | None = Field(description="Of the answer, if there was one.", examples=[500])
+    response: str | None = Field(description="The first 1,000 bytes of it.", examples=["Internal Server Error"])
+    error: str | None = Field(description="Why it failed; null where it was delivered.", examples=["answered 500"])
+
+
+IdOfDelivery = Annotated[UUID, Field(examples=["0d5b4a52-2f9e-4c1f-9a63-7b7f0f6f3b21"])]
 
 
 class LoggedDelivery(BaseModel):
@@ -37,9 +40,9 @@ class LoggedDelivery(BaseModel):
 
     model_config = ConfigDict(from_attributes=True)
 
-    id: UUID = Field(description="The `webhook-id` of each attempt.")
+    id: IdOfDelivery = Field(description="The `webhook-id` of each attempt.")
     event: WebhookEvent
-    execution_id: UUID
+    execution_id: IdOfExecution
     status: DeliveryStatus
     created_at: Timestamp
     next_attempt_at: Timestamp | None
@@ -49,20 +52,23 @@ class LoggedDelivery(BaseModel):
 class DeliveryToSomebody(LoggedDelivery):
     """A webhook, whom it tells, and what became of it."""
 
-    key_id: UUID = Field(description="The API key whose owner is told.")
-    key_name: str
+    key_id: UUID = Field(
+        description="The API key whose owner is told.", examples=["c2a7d9e0-5b14-4f63-8e0a-1d9b7c3f4a25"]
+    )
+    key_name: str = Field(description="What that key is called.", examples=["Carrier portal"])
 
 
 class RedeliveryOut(BaseModel):
     """It is sent again."""
 
     success: Literal[True]
-    id: UUID
+    id: IdOfDelivery
     status: Literal["pending"]
 
 
 Before = Annotated[int | None, Query(ge=1, lt=2**63, description='From the `Link` header with `rel="next"`.')]
-Limit = Annotated[int, Query(ge=1, le=200)]
+Limit = Annotated[int, Query(ge=1, le=200, description="So many at most.")]
+DeliveryId = Annotated[str, Path(alias="id", description="The webhook that is meant.")]
 
 
 @router.get("/deliveries", summary="List webhooks to customers, newest first", responses=described(400, 401, 403, 429))
@@ -92,7 +98,7 @@ async def list_deliveries(
     status_code=202,
     responses=described(400, 401, 403, 404, 409, 429),
 )
-async def redeliver(db: Db, caller: Operator, delivery_id: Annotated[str, Path(alias="id")]) -> RedeliveryOut:
+async def redeliver(db: Db, caller: Operator, delivery_id: DeliveryId) -> RedeliveryOut:
     """Sends the same bytes under the same id once more, and tries as often as for a new one."""
     async with db.begin() as conn:
         sent_again = await send_again(conn, delivery_id, caller.sight)

@@ -64,7 +64,20 @@ _Timestamp = Annotated[
 class CallbackIn(BaseModel):
     """The guide's callback."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "run_id": "19184e4c-74ca-474a-8978-e77f5a661e4f",
+                    "event_type": "log",
+                    "timestamp": "2026-01-15T09:30:12.500Z",
+                    "data": {"message": "Blue Mesa Freight has answered"},
+                }
+            ]
+        },
+    )
 
     run_id: Id = Field(description="HappyRobot's run.", examples=["19184e4c-74ca-474a-8978-e77f5a661e4f"])
     event_type: Id = Field(
@@ -72,10 +85,18 @@ class CallbackIn(BaseModel):
         "workflow's author.",
         examples=["log"],
     )
-    timestamp: _Timestamp = Field(None, description="When it happened.", examples=["2026-01-15T09:30:00.250Z"])
-    data: Any = Field(None, description="Anything.", examples=[{"message": "Agent said hello"}])
-    execution_id: ShortText | None = Field(None, description="Our execution, if the workflow echoes it.")
-    resume_url: Any = Field(None, description="Where the decision is to be sent, with `pending_approval`.")
+    timestamp: _Timestamp = Field(None, description="When it happened.", examples=["2026-01-15T09:30:12.500Z"])
+    data: Any = Field(None, description="Anything.", examples=[{"message": "Blue Mesa Freight has answered"}])
+    execution_id: ShortText | None = Field(
+        None,
+        description="Our execution, if the workflow echoes it.",
+        examples=["5f0c8c1e-6a55-4a3e-9a53-0c8f5f3a6f10"],
+    )
+    resume_url: Any = Field(
+        None,
+        description="Where the decision is to be sent, with `pending_approval`.",
+        examples=["https://workflows.platform.happyrobot.ai/hooks/resume/abc"],
+    )
 
 
 class _CloudEventData(BaseModel):
@@ -98,6 +119,20 @@ class _CloudEvent(BaseModel):
     type: Id
     time: Text | None = None
     data: _CloudEventData
+
+
+CLOUD_EVENT = {
+    "specversion": "1.0",
+    "id": "3f2b9c04-7d1e-4a58-9b52-6d1f0c8e7a11",
+    "source": "https://platform.happyrobot.ai",
+    "type": "session.status_changed",
+    "time": "2026-01-15T09:30:12.500Z",
+    "data": {
+        "run_id": "19184e4c-74ca-474a-8978-e77f5a661e4f",
+        "status": {"previous": "queued", "current": "in-progress"},
+    },
+}
+"""An example of one."""
 
 
 # Seconds stay below this until the year 5138; milliseconds passed it in 1973.

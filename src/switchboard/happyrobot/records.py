@@ -23,18 +23,20 @@ class _Record(BaseModel):
 class ToolCall(_Record):
     """One use of a tool by the agent."""
 
-    name: str | None = None
-    arguments: Any = Field(None, description="As HappyRobot gives them: often JSON in a string.")
+    name: str | None = Field(None, examples=["find_load"])
+    arguments: Any = Field(
+        None, description="As HappyRobot gives them: often JSON in a string.", examples=['{"reference": "order_123"}']
+    )
 
 
 class Message(_Record):
     """One entry of a transcript."""
 
-    id: str | None = None
+    id: str | None = Field(None, examples=["message-1"])
     role: str | None = Field(None, description="`assistant`, `user`, `tool` or `event`.", examples=["assistant"])
-    content: str | None = None
+    content: str | None = Field(None, examples=["Hi, this is Riley about order 123. Is this Blue Mesa Freight?"])
     tool_calls: list[ToolCall] = []
-    name: str | None = Field(None, description="The tool's, where one answers.")
+    name: str | None = Field(None, description="The tool's, where one answers.", examples=["find_load"])
     interrupted: bool = Field(False, description="Whether the other side cut in.")
     filler: bool = Field(False, description="Whether it only bridged a wait.")
     latency: dict[str, float] | None = Field(
@@ -47,30 +49,32 @@ class Message(_Record):
 class Session(_Record):
     """One conversation of a run, usually a phone call."""
 
-    id: str | None = None
+    id: str | None = Field(None, examples=["session-1"])
     status: str | None = Field(None, description="HappyRobot's own word.", examples=["in-progress"])
     type: str | None = Field(None, description="`outbound`, `inbound` or `text`.", examples=["outbound"])
-    duration: float | None = Field(None, description="Seconds.")
-    user_number: str | None = None
+    duration: float | None = Field(None, description="Seconds.", examples=[59.5])
+    user_number: str | None = Field(None, examples=["+12025550142"])
     timestamp: Timestamp | None = Field(None, description="When it began.")
     connected_at: Timestamp | None = Field(None, description="When the call was answered.")
     sip_code: str | None = Field(None, examples=["200"])
     sip_reason: str | None = Field(None, examples=["OK"])
-    failure_reason: str | None = None
+    failure_reason: str | None = Field(None, examples=["Nobody answered"])
     messages: list[Message] = Field([], description="The transcript, in order.")
 
 
 class Output(_Record):
     """What one node of the workflow gave."""
 
-    id: str | None = None
-    session_id: str | None = None
-    node_id: str | None = None
-    name: str | None = Field(None, description="The node's name.")
+    id: str | None = Field(None, examples=["output-1"])
+    session_id: str | None = Field(None, examples=["session-1"])
+    node_id: str | None = Field(None, examples=["node-3"])
+    name: str | None = Field(None, description="The node's name.", examples=["Extract the answer"])
     integration: str | None = Field(None, description="What the node belongs to.", examples=["AI"])
     event: str | None = Field(None, description="What the node does.", examples=["Extract"])
-    data: Any = Field(None, description="Anything.")
-    error: Any = Field(None, description="Usually a text; null if nothing went wrong.")
+    data: Any = Field(None, description="Anything.", examples=[{"pickup_stands": True, "pickup_at": "10:00"}])
+    error: Any = Field(
+        None, description="Usually a text; null if nothing went wrong.", examples=["The transcript is empty"]
+    )
     data_deleted: bool = Field(False, description="Whether HappyRobot no longer keeps the data.")
     timestamp: Timestamp | None = None
 
@@ -78,23 +82,23 @@ class Output(_Record):
 class Issue(_Record):
     """Something that HappyRobot or a person marked as wrong with a run."""
 
-    id: str | None = None
+    id: str | None = Field(None, examples=["issue-1"])
     type: str | None = Field(None, description="What it is about.", examples=["transcriber"])
     status: str | None = Field(None, description="`open`, `approved`, `rejected` or `closed`.", examples=["open"])
     priority: str | None = Field(None, description="`low`, `medium` or `high`.", examples=["low"])
-    message_id: str | None = None
-    correction: str | None = None
-    correction_reason: str | None = None
+    message_id: str | None = Field(None, examples=["message-1"])
+    correction: str | None = Field(None, examples=["Blue Mesa Freight"])
+    correction_reason: str | None = Field(None, examples=["The name was heard as Blue Mesa Fright"])
     created_at: Timestamp | None = None
 
 
 class Version(_Record):
     """The version of the workflow that ran."""
 
-    id: str | None = None
-    number: int | None = None
-    name: str | None = None
-    slug: str | None = None
+    id: str | None = Field(None, examples=["version-7"])
+    number: int | None = Field(None, examples=[7])
+    name: str | None = Field(None, examples=["Version 7"])
+    slug: str | None = Field(None, examples=["version-7"])
     is_live: bool | None = None
     published_at: Timestamp | None = None
 
@@ -168,8 +172,11 @@ def _output_over_older(newer: Output, older: Output) -> Output:
 class Recording(_Record):
     """A link to the sound of one session."""
 
-    session_id: str | None = None
-    url: str = Field(description="Signed by HappyRobot; it stops working after a while.")
+    session_id: str | None = Field(None, examples=["session-1"])
+    url: str = Field(
+        description="Signed by HappyRobot; it stops working after a while.",
+        examples=["https://recordings.example.com/session-1.mp3?signature=c2ln"],
+    )
 
 
 # Answers

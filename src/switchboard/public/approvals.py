@@ -4,18 +4,18 @@ from typing import Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, JsonValue
 
 from switchboard.access.callers import Customer
-from switchboard.bodies import Text, body_of, check
+from switchboard.bodies import Text, answered, body_of, check
 from switchboard.database import Db
 from switchboard.errors import PUBLIC, Conflict
-from switchboard.events import Timestamp
+from switchboard.events import IdOfApproval, IdOfExecution, IdOfWorkflow, Timestamp
 from switchboard.executions import approval_data
 from switchboard.public.executions import ExecutionId, find
 from switchboard.public.shapes import Camel, refusals
 from switchboard.runs.approvals import show
-from switchboard.runs.deciding import NOTHING_PENDING, DecisionBody, Verdict, decide
+from switchboard.runs.deciding import NOTHING_PENDING, ApprovalData, DecisionBody, Verdict, decide
 from switchboard.runs.intake import CurrentIntake, Intake
 from switchboard.runs.sorting import Decision
 from switchboard.tables import ApprovalStatus
@@ -26,32 +26,43 @@ router = APIRouter(prefix=PUBLIC)
 class PendingOut(Camel):
     """What is to be decided about."""
 
-    id: UUID
-    workflow_id: str
+    id: IdOfExecution
+    workflow_id: IdOfWorkflow
     status: Literal["pending_approval"]
-    approval_data: dict[str, Any] = Field(description="As the workflow sent it: `rows`, `metadata`, `displayFields`.")
+    approval_data: ApprovalData
     started_at: Timestamp
-    approval_id: UUID = Field(description="Which request this is: send it with the decision to decide no other.")
+    approval_id: IdOfApproval = Field(
+        description="Which request this is: send it with the decision to decide no other."
+    )
 
 
 class DecisionIn(Camel):
     """A decision."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    # Without an `approvalId`: nobody's request has that of an example.
+    model_config = ConfigDict(
+        extra="allow", strict=True, json_schema_extra={"examples": [{"comment": "As the shipper wishes"}]}
+    )
 
-    comment: Text | None = Field(None, description="Why; required where the request's `requireComment` is true.")
+    comment: Text | None = Field(
+        None,
+        description="Why; required where the request's `requireComment` is true.",
+        examples=["As the shipper wishes"],
+    )
     approval_id: Text | None = Field(
-        None, description="The request that is meant; the one that is pending unless given."
+        None,
+        description="The request that is meant; the one that is pending unless given.",
+        examples=["b1f6a1a8-3a43-4f0b-8a0f-6c8c6f1f0c11"],
     )
 
 
 class DecisionOut(Camel):
     """It is decided."""
 
-    execution_id: UUID
+    execution_id: IdOfExecution
     status: Literal["approved", "rejected"]
-    message: str
-    approval_id: UUID = Field(description="The request that this is about.")
+    message: str = Field(examples=["Execution approved and will continue"])
+    approval_id: IdOfApproval = Field(description="The request that this is about.")
 
 
 @router.get("/executions/{id}/pending-approval", summary="Get what is to be approved", responses=refusals(404, 409))
@@ -89,10 +100,19 @@ async def approve(
     return await _decide(db, intake, caller, execution_id, body, ApprovalStatus.APPROVED)
 
 
+_REJECTED: dict[str, JsonValue] = {
+    "executionId": "5f0c8c1e-6a55-4a3e-9a53-0c8f5f3a6f10",
+    "status": "rejected",
+    "message": "Execution rejected and stopped",
+    "approvalId": "b1f6a1a8-3a43-4f0b-8a0f-6c8c6f1f0c11",
+}
+"""An example of an answer."""
+
+
 @router.post(
     "/executions/{id}/reject",
     summary="Reject, and stop it",
-    responses=refusals(400, 404, 408, 409, 413),
+    responses=refusals(400, 404, 408, 409, 413) | answered(_REJECTED),
     openapi_extra=body_of(DecisionIn, required=False),
 )
 async def reject(

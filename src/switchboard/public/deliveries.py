@@ -3,13 +3,21 @@
 from typing import Annotated, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
 from switchboard.access.callers import Customer
 from switchboard.database import Db
 from switchboard.deliveries import log
-from switchboard.deliveries.routes import Before, Limit, LoggedAttempt, LoggedDelivery, send_again
+from switchboard.deliveries.routes import (
+    Before,
+    DeliveryId,
+    IdOfDelivery,
+    Limit,
+    LoggedAttempt,
+    LoggedDelivery,
+    send_again,
+)
 from switchboard.errors import PUBLIC
 from switchboard.pages import link_next
 from switchboard.public.shapes import Camel, refusals
@@ -31,9 +39,9 @@ class DeliveryOut(Camel, LoggedDelivery):
 class SentAgainOut(Camel):
     """It is sent again."""
 
-    delivery_id: UUID
+    delivery_id: IdOfDelivery
     status: Literal["pending"]
-    message: str
+    message: str = Field(examples=["Delivery will be sent again"])
 
 
 @router.get("/deliveries", summary="List webhooks, newest first", responses=refusals(400))
@@ -61,7 +69,7 @@ async def deliveries(
 @router.post(
     "/deliveries/{id}/redeliver", summary="Send a webhook again", status_code=202, responses=refusals(404, 409)
 )
-async def redeliver(db: Db, caller: Customer, delivery_id: Annotated[str, Path(alias="id")]) -> SentAgainOut:
+async def redeliver(db: Db, caller: Customer, delivery_id: DeliveryId) -> SentAgainOut:
     """Sends the same bytes under the same id once more, and tries as often as for a new one."""
     async with db.begin() as conn:
         which = await send_again(conn, delivery_id, caller.sight, caller.key_id)

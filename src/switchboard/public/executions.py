@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Path
-from pydantic import ConfigDict, Field, JsonValue, field_validator
+from pydantic import ConfigDict, Field, JsonValue, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 from sqlalchemy import Row, Select, select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -13,7 +13,7 @@ from switchboard.access.callers import Caller, Customer
 from switchboard.bodies import Id, JsonBody, Text, body_of, check
 from switchboard.database import Db
 from switchboard.errors import PUBLIC, NotFound
-from switchboard.events import Timestamp
+from switchboard.events import IdOfExecution, Timestamp
 from switchboard.executions import COLUMNS, Told, Word, ends_of
 from switchboard.public.shapes import Camel, refusals
 from switchboard.runs.queued import MOST_ROWS, accept, rows_cut
@@ -26,19 +26,41 @@ router = APIRouter(prefix=PUBLIC)
 ExecutionId = Annotated[str, Path(alias="id", description="From the answer to `execute`.")]
 
 
+_ROWS: list[JsonValue] = [{"customerId": "C-1", "name": "Blue Mesa Freight", "phone": "+12025550142"}]
+"""An example of them."""
+
+
 class ExecuteIn(Camel):
     """What a workflow is started with."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "input": {"csvData": _ROWS},
+                    "description": "Asks Blue Mesa Freight whether the pickup stands",
+                    "contextId": "order_123",
+                }
+            ]
+        },
+    )
 
-    input: dict[str, JsonValue] = Field(
+    input: dict[str, Annotated[JsonValue, WithJsonSchema({})]] = Field(
         description="What the workflow is given, each field as it is. Of `csvData`, a list of objects, the first "
         f"{MOST_ROWS} rows.",
-        examples=[{"csvData": [{"customerId": "CUST001", "name": "John Doe", "phone": "+15550100"}]}],
+        examples=[{"csvData": _ROWS}],
     )
-    description: Text | None = Field(None, description="Shown to who looks after the calls.")
+    description: Text | None = Field(
+        None,
+        description="Shown to who looks after the calls.",
+        examples=["Asks Blue Mesa Freight whether the pickup stands"],
+    )
     context_id: Id | None = Field(
-        None, description="Your own id for what this is about; made from the execution's unless given."
+        None,
+        description="Your own id for what this is about; made from the execution's unless given.",
+        examples=["order_123"],
     )
 
     @field_validator("input")
@@ -53,7 +75,7 @@ class ExecuteIn(Camel):
 class ExecuteOut(Camel):
     """It is accepted, and will be started."""
 
-    execution_id: UUID
+    execution_id: IdOfExecution
     status: Literal["pending"]
     started_at: Timestamp
     message: Literal["Execution started successfully"]
@@ -63,11 +85,26 @@ class ExecuteOut(Camel):
 class StatusOut(Camel):
     """Where an execution stands."""
 
-    id: UUID
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "5f0c8c1e-6a55-4a3e-9a53-0c8f5f3a6f10",
+                    "status": "failed",
+                    "startedAt": "2026-01-15T09:30:00.250Z",
+                    "completedAt": "2026-01-15T09:31:12.004Z",
+                    "error": "Nobody answered",
+                    "approvalStatus": "approved",
+                }
+            ]
+        }
+    )
+
+    id: IdOfExecution
     status: Word
     started_at: Timestamp
     completed_at: Timestamp | None
-    error: str | None = Field(description="Why it failed.")
+    error: str | None = Field(description="Why it failed.", examples=["Nobody answered"])
     approval_status: Literal["pending", "approved", "rejected"] | None = Field(
         description="`pending` while something is to be approved, else what was decided last."
     )
@@ -76,12 +113,42 @@ class StatusOut(Camel):
 class ResultsOut(Camel):
     """What came of an execution."""
 
-    id: UUID
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "5f0c8c1e-6a55-4a3e-9a53-0c8f5f3a6f10",
+                    "status": "failed",
+                    # FastAPI leaves what is null out of examples.
+                    "output": {
+                        "runs": [
+                            {
+                                "runId": "19184e4c-74ca-474a-8978-e77f5a661e4f",
+                                "status": "completed",
+                                "result": {"summary": "The pickup stands, at 10:00"},
+                            },
+                            {
+                                "runId": "b51b5f7e-6c0e-4c0a-9d2e-3f5d8a1c7e90",
+                                "status": "failed",
+                                "error": "Nobody answered",
+                            },
+                        ]
+                    },
+                    "error": "Nobody answered",
+                    "startedAt": "2026-01-15T09:30:00.250Z",
+                    "completedAt": "2026-01-15T09:31:12.004Z",
+                }
+            ]
+        }
+    )
+
+    id: IdOfExecution
     status: Word
     output: Any = Field(
-        description='What HappyRobot reported; of several runs `{"runs": [{"runId", "status", "result", "error"}]}`.'
+        description='What HappyRobot reported; of several runs `{"runs": [{"runId", "status", "result", "error"}]}`.',
+        examples=[{"summary": "The pickup stands, at 10:00"}],
     )
-    error: str | None
+    error: str | None = Field(description="Why it failed.", examples=["Nobody answered"])
     started_at: Timestamp
     completed_at: Timestamp | None
 
@@ -98,7 +165,7 @@ async def execute(
     db: Db,
     settings: CurrentSettings,
     caller: Customer,
-    workflow_id: Annotated[Id, Path(alias="workflowId")],
+    workflow_id: Annotated[Id, Path(alias="workflowId", description="Which workflow.")],
     body: JsonBody,
     idempotency_key: IdempotencyKey = None,
 ) -> ExecuteOut:

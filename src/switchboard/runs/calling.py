@@ -12,7 +12,7 @@ from switchboard.access.callers import Caller, Reader, Starter
 from switchboard.bodies import Id, JsonBody, body_of, check
 from switchboard.database import Db
 from switchboard.errors import described
-from switchboard.events import Timestamp
+from switchboard.events import IdOfRun, Timestamp
 from switchboard.happyrobot.client import POLL, CurrentHappyRobot
 from switchboard.happyrobot.lookups import CurrentLookups
 from switchboard.happyrobot.records import Recording
@@ -20,7 +20,7 @@ from switchboard.runs.cancel import Canceler
 from switchboard.runs.details import DetailsOut, details, recordings
 from switchboard.runs.intake import CurrentIntake
 from switchboard.runs.queries import find_run, found, platform_link
-from switchboard.runs.reading import RunId
+from switchboard.runs.reading import PlatformUrl, RunId
 from switchboard.runs.status import Standing, advance
 from switchboard.runs.trigger import IdempotencyKey, TriggerIn, TriggerOut, UnconfirmedOut, start
 from switchboard.settings import CurrentSettings
@@ -33,22 +33,22 @@ router = APIRouter(prefix="/api/happyrobot", tags=["calls"])
 class StatusOut(BaseModel):
     """A run's status, in the guide's words."""
 
-    run_id: str
-    status: Literal["pending", "running", "completed", "failed", "canceled"]
-    name: str | None
+    run_id: IdOfRun
+    status: Literal["pending", "running", "completed", "failed", "canceled"] = Field(examples=["running"])
+    name: str | None = Field(examples=["Carrier check call"])
     created_at: Timestamp
     updated_at: Timestamp
     source: Literal["happyrobot", "database"] = Field(description="Who was asked last.")
-    platform_url: str | None = None
+    platform_url: PlatformUrl = None
 
 
 class CancelOut(BaseModel):
     """Where a run stands that is to be stopped."""
 
     success: Literal[True]
-    run_id: str
+    run_id: IdOfRun
     status: Literal["pending", "running", "completed", "failed", "canceled"] = Field(
-        description="`canceled` once HappyRobot has confirmed it."
+        description="`canceled` once HappyRobot has confirmed it.", examples=["canceled"]
     )
 
 
@@ -56,7 +56,7 @@ class WorkflowOut(BaseModel):
     """A workflow that may be started."""
 
     id: str = Field(examples=["default"])
-    name: str | None
+    name: str | None = Field(examples=["Carrier check calls"])
     active: bool = Field(description="Whether it can be started now.")
 
 
@@ -120,7 +120,7 @@ async def status(
     lookups: CurrentLookups,
     settings: CurrentSettings,
     caller: Reader,
-    run_id: Annotated[Id, Query()],
+    run_id: Annotated[Id, Query(description="HappyRobot's id of the run.")],
 ) -> StatusOut:
     """Asks HappyRobot about a run that is not over, and records what it says; the database answers otherwise.
 
@@ -180,7 +180,21 @@ async def read_recordings(db: Db, happyrobot: CurrentHappyRobot, caller: Reader,
     "/runs/{run_id}/cancel",
     summary="Stop a run",
     responses=described(400, 401, 403, 404, 409, 429, 502)
-    | {202: {"model": CancelOut, "description": "The wish is recorded; HappyRobot has not confirmed it yet."}},
+    | {
+        202: {
+            "model": CancelOut,
+            "description": "The wish is recorded; HappyRobot has not confirmed it yet.",
+            "content": {
+                "application/json": {
+                    "example": {
+                        "success": True,
+                        "run_id": "19184e4c-74ca-474a-8978-e77f5a661e4f",
+                        "status": "running",
+                    }
+                }
+            },
+        }
+    },
 )
 async def cancel(
     caller: Starter, run_id: RunId, response: Response, canceler: Annotated[Canceler, Depends(_canceler)]

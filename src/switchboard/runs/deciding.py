@@ -1,18 +1,17 @@
 """`/api/happyrobot/approvals*`: what runs ask to have approved, for whoever may decide."""
 
 from typing import Annotated, Any, Literal
-from uuid import UUID
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from sqlalchemy import Row
 
 from switchboard import bodies
 from switchboard.access.callers import Caller, Decider, Reader
-from switchboard.bodies import ShortText, Text, body_of, check
+from switchboard.bodies import ShortText, Text, answered, body_of, check
 from switchboard.database import Db
 from switchboard.errors import BadRequest, Conflict, NotFound, described
-from switchboard.events import Timestamp
+from switchboard.events import IdOfApproval, IdOfContext, IdOfExecution, IdOfRun, IdOfWorkflow, Timestamp
 from switchboard.executions import approval_data
 from switchboard.pages import link_next
 from switchboard.runs.approvals import Wanted, find, listed
@@ -51,21 +50,50 @@ DecisionBody = Annotated[Any, Depends(_decision_body)]
 """The body of a decision, which may be missing: there need not be anything to say."""
 
 
+_ASKED: dict[str, JsonValue] = {
+    "rows": [{"carrier": "Blue Mesa Freight", "offered": 1850, "asked": 2000}],
+    "metadata": {"title": "Agree to a higher rate", "requireComment": False},
+    "displayFields": ["carrier", "offered", "asked"],
+}
+
+ApprovalData = Annotated[
+    dict[str, Any],
+    Field(description="As the workflow sent it: `rows`, `metadata`, `displayFields`.", examples=[_ASKED]),
+]
+
+
 class ApprovalOut(BaseModel):
     """Something that a run asks to have approved."""
 
-    id: UUID
-    execution_id: UUID
-    run_id: str
-    context_id: str
-    workflow_id: str
-    status: ApprovalStatus
-    approval_data: dict[str, Any] = Field(
-        description="As the workflow sent it: `rows`, `metadata`, `displayFields`.",
-        examples=[{"rows": [{"name": "Ada Miller"}], "metadata": {"title": "Refund"}, "displayFields": ["name"]}],
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "b1f6a1a8-3a43-4f0b-8a0f-6c8c6f1f0c11",
+                    "execution_id": "5f0c8c1e-6a55-4a3e-9a53-0c8f5f3a6f10",
+                    "run_id": "19184e4c-74ca-474a-8978-e77f5a661e4f",
+                    "context_id": "order_123",
+                    "workflow_id": "default",
+                    "status": "approved",
+                    "approval_data": _ASKED,
+                    "require_comment": False,
+                    "comment": "As the shipper wishes",
+                    "created_at": "2026-01-15T09:30:45.000Z",
+                    "decided_at": "2026-01-15T09:30:58.000Z",
+                }
+            ]
+        }
     )
+
+    id: IdOfApproval
+    execution_id: IdOfExecution
+    run_id: IdOfRun
+    context_id: IdOfContext
+    workflow_id: IdOfWorkflow
+    status: ApprovalStatus
+    approval_data: ApprovalData
     require_comment: bool = Field(description="Whether a decision needs one.")
-    comment: str | None = Field(description="What was said with the decision.")
+    comment: str | None = Field(description="What was said with the decision.", examples=["As the shipper wishes"])
     created_at: Timestamp
     decided_at: Timestamp | None
 
@@ -73,18 +101,22 @@ class ApprovalOut(BaseModel):
 class VerdictIn(BaseModel):
     """What is said with a decision."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(
+        extra="allow", strict=True, json_schema_extra={"examples": [{"comment": "As the shipper wishes"}]}
+    )
 
-    comment: Text | None = Field(None, description="Why; needed where the request says `require_comment`.")
+    comment: Text | None = Field(
+        None, description="Why; needed where the request says `require_comment`.", examples=["As the shipper wishes"]
+    )
 
 
 class VerdictOut(BaseModel):
     """It is decided."""
 
     success: Literal[True]
-    id: UUID
-    execution_id: UUID
-    run_id: str
+    id: IdOfApproval
+    execution_id: IdOfExecution
+    run_id: IdOfRun
     status: Verdict
 
 
@@ -112,7 +144,7 @@ async def list_approvals(
     caller: Reader,
     status: Annotated[ApprovalStatus, Query(description="Only those that stand so.")] = ApprovalStatus.PENDING,
     context_id: Annotated[ShortText | None, Query(description="Only those of this context.")] = None,
-    limit: Annotated[int, Query(ge=1, le=500)] = 100,
+    limit: Annotated[int, Query(ge=1, le=500, description="So many at most.")] = 100,
     after: Annotated[int | None, Query(ge=1, lt=2**63, description='From the `Link` header with `rel="next"`.')] = None,
 ) -> list[ApprovalOut]:
     """What waits, the oldest first; of what does not any more, the newest first. `Link` leads to the next page."""
@@ -124,6 +156,15 @@ async def list_approvals(
 
 
 ApprovalId = Annotated[str, Path(alias="id", description="The request that is meant.")]
+
+_REJECTED: dict[str, JsonValue] = {
+    "success": True,
+    "id": "b1f6a1a8-3a43-4f0b-8a0f-6c8c6f1f0c11",
+    "execution_id": "5f0c8c1e-6a55-4a3e-9a53-0c8f5f3a6f10",
+    "run_id": "19184e4c-74ca-474a-8978-e77f5a661e4f",
+    "status": "rejected",
+}
+"""An example of an answer."""
 
 _REFUSED = described(400, 401, 403, 404, 408, 409, 413, 429)
 
@@ -144,7 +185,7 @@ async def approve(
 @router.post(
     "/approvals/{id}/reject",
     summary="Reject, and stop it",
-    responses=_REFUSED,
+    responses=_REFUSED | answered(_REJECTED),
     openapi_extra=body_of(VerdictIn, required=False),
 )
 async def reject(

@@ -3,10 +3,11 @@
 import asyncio
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard.errors import NotConfigured, NotFound, Unavailable
+from switchboard.events import IdOfRun
 from switchboard.happyrobot.client import POLL, READ, Effort, HappyRobot, NoAnswer, NoKey, NotKnown
 from switchboard.happyrobot.records import Recording, RunRecord
 from switchboard.runs import archive
@@ -17,7 +18,57 @@ from switchboard.runs.intake import Intake
 class DetailsOut(RunRecord):
     """What HappyRobot knows about a run, in one shape whatever the version of its API."""
 
-    run_id: str
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "status": "completed",
+                    "started_at": "2026-01-15T09:30:00.250Z",
+                    "completed_at": "2026-01-15T09:31:12.004Z",
+                    "annotation": "correct",
+                    "sessions": [
+                        {
+                            "id": "session-1",
+                            "status": "completed",
+                            "type": "outbound",
+                            "duration": 59.5,
+                            "user_number": "+12025550142",
+                            "timestamp": "2026-01-15T09:30:02.000Z",
+                            "connected_at": "2026-01-15T09:30:12.500Z",
+                            "messages": [
+                                {
+                                    "role": "assistant",
+                                    "content": "Hi, this is Riley about order 123. Is this Blue Mesa Freight?",
+                                },
+                                {"role": "user", "content": "It is. The truck will be there at ten."},
+                            ],
+                        }
+                    ],
+                    "outputs": [
+                        {
+                            "session_id": "session-1",
+                            "name": "Extract the answer",
+                            "integration": "AI",
+                            "event": "Extract",
+                            "data": {"pickup_stands": True, "pickup_at": "10:00"},
+                        }
+                    ],
+                    "issues": [],
+                    "version": {"id": "version-7", "number": 7, "name": "Version 7", "is_live": True},
+                    "run_id": "19184e4c-74ca-474a-8978-e77f5a661e4f",
+                    "source": "happyrobot",
+                    "recordings": [
+                        {
+                            "session_id": "session-1",
+                            "url": "https://recordings.example.com/session-1.mp3?signature=c2ln",
+                        }
+                    ],
+                }
+            ]
+        }
+    )
+
+    run_id: IdOfRun
     source: Literal["happyrobot", "database"] = Field(
         description="`database` where HappyRobot cannot be asked, or knows the run no longer."
     )

@@ -1,7 +1,6 @@
 """`/api/happyrobot/runs*`: what a frontend reads of what is stored."""
 
 from typing import Annotated, Any
-from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -12,7 +11,7 @@ from switchboard.access.callers import Reader
 from switchboard.bodies import Id, ShortText
 from switchboard.database import Db
 from switchboard.errors import described
-from switchboard.events import Event, Scope, Timestamp, read_events
+from switchboard.events import Event, IdOfContext, IdOfExecution, IdOfRun, IdOfWorkflow, Scope, Timestamp, read_events
 from switchboard.pages import link_next
 from switchboard.runs.queries import Cursor, Filter, find_run, found, list_runs, metadata_of, platform_link
 from switchboard.settings import CurrentSettings, Settings
@@ -26,27 +25,69 @@ _UPPER = BeforeValidator(lambda value: value.upper() if isinstance(value, str) e
 RunId = Annotated[Id, Path(description="HappyRobot's id of the run.")]
 
 
+PlatformUrl = Annotated[
+    str | None,
+    Field(
+        description="The run at HappyRobot; absent while that is not known.",
+        examples=[
+            "https://platform.happyrobot.ai/acme/workflow/carrier-check/runs?run_id=19184e4c-74ca-474a-8978-e77f5a661e4f"
+        ],
+    ),
+]
+
+
 class RunOut(BaseModel):
     """A run, in the guide's words."""
 
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        populate_by_name=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "42",
+                    "runId": "19184e4c-74ca-474a-8978-e77f5a661e4f",
+                    "contextId": "order_123",
+                    "name": "Carrier check call",
+                    "description": "Asks Blue Mesa Freight whether the pickup stands",
+                    "status": "COMPLETED",
+                    "createdAt": "2026-01-15T09:30:00.250Z",
+                    "updatedAt": "2026-01-15T09:31:12.004Z",
+                    "completedAt": "2026-01-15T09:31:12.004Z",
+                    "metadata": {
+                        "logs": [
+                            {"message": "Blue Mesa Freight has answered", "timestamp": "2026-01-15T09:30:12.500Z"}
+                        ],
+                        "result": {"summary": "The pickup stands, at 10:00"},
+                    },
+                    "workflowId": "default",
+                    "executionId": "5f0c8c1e-6a55-4a3e-9a53-0c8f5f3a6f10",
+                }
+            ]
+        },
+    )
 
     id: str = Field(examples=["42"])
-    run_id: str
-    context_id: str
-    name: str | None
-    description: str | None
+    run_id: IdOfRun
+    context_id: IdOfContext
+    name: str | None = Field(examples=["Carrier check call"])
+    description: str | None = Field(examples=["Asks Blue Mesa Freight whether the pickup stands"])
     status: RunStatus
     created_at: Timestamp
     updated_at: Timestamp = Field(description="The last sign of life.")
     completed_at: Timestamp | None
     metadata: dict[str, Any] = Field(
         description="`logs` in order, `result` of a completed run, `error` of a failed one.",
-        examples=[{"logs": [{"message": "Agent said hello"}], "result": {"summary": "Booked"}}],
+        examples=[
+            {
+                "logs": [{"message": "Blue Mesa Freight has answered"}],
+                "result": {"summary": "The pickup stands, at 10:00"},
+            }
+        ],
     )
-    workflow_id: str
-    execution_id: UUID | None
-    platform_url: str | None = Field(None, description="The run at HappyRobot; absent while that is not known.")
+    workflow_id: IdOfWorkflow
+    execution_id: IdOfExecution | None
+    platform_url: PlatformUrl = None
 
 
 def _run_out(settings: Settings, run: Row[Any], metadata: dict[str, Any]) -> RunOut:
@@ -84,7 +125,7 @@ async def runs(
     context_id: Annotated[ShortText | None, Query(description="Only runs of this context.")] = None,
     status: Annotated[RunStatus | None, _UPPER, Query(description="Only runs with this status.")] = None,
     workflow_id: Annotated[ShortText | None, Query(description="Only runs of this workflow.")] = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 200,
+    limit: Annotated[int, Query(ge=1, le=1000, description="So many at most.")] = 200,
     cursor: Annotated[str | None, Query(description='From the `Link` header with `rel="next"`.')] = None,
 ) -> list[RunOut]:
     """A page of runs. `Link` leads to the next one, if there is one."""
@@ -123,7 +164,7 @@ async def timeline(
     caller: Reader,
     run_id: RunId,
     after: Annotated[int, Query(ge=0, lt=2**63, description="Only events after this id.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 500,
+    limit: Annotated[int, Query(ge=1, le=1000, description="So many at most.")] = 500,
 ) -> list[Event]:
     """Everything that happened to a run, oldest first. `Link` leads to what follows, if there is more."""
     async with db.connect() as conn:

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from sqlalchemy import ARRAY, Float, Row, Select, cast, extract, func, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -13,7 +13,7 @@ from switchboard.access.callers import Reader
 from switchboard.bodies import ShortText
 from switchboard.database import Db
 from switchboard.errors import described
-from switchboard.events import Timestamp
+from switchboard.events import IdOfWorkflow, Timestamp
 from switchboard.runs.queries import Filter, narrowed
 from switchboard.sight import Sight
 from switchboard.tables import FINAL, RunStatus, agent_runs
@@ -27,6 +27,9 @@ _MONTH = 720
 
 Counts = dict[RunStatus, int]
 
+_COUNTS: dict[str, JsonValue] = {"PENDING": 0, "RUNNING": 3, "COMPLETED": 118, "FAILED": 4, "CANCELED": 1}
+"""An example of them."""
+
 
 class Durations(BaseModel):
     """How long completed runs took, in seconds; null where there are none."""
@@ -39,31 +42,54 @@ class Durations(BaseModel):
 class HourOut(BaseModel):
     """The runs that began in one hour."""
 
-    hour: Timestamp = Field(description="Its beginning.")
-    total: int
-    by_status: Counts
-    p50: float | None = Field(description="Of those that have completed, in seconds.")
-    p95: float | None
+    hour: Timestamp = Field(description="Its beginning.", examples=["2026-01-15T09:00:00.000Z"])
+    total: int = Field(examples=[126])
+    by_status: Counts = Field(examples=[_COUNTS])
+    p50: float | None = Field(description="Of those that have completed, in seconds.", examples=[94.2])
+    p95: float | None = Field(examples=[301.7])
 
 
 class WorkflowCountsOut(BaseModel):
     """The runs of one workflow."""
 
-    workflow_id: str
-    total: int
-    by_status: Counts
+    workflow_id: IdOfWorkflow
+    total: int = Field(examples=[126])
+    by_status: Counts = Field(examples=[_COUNTS])
 
 
 class StatsOut(BaseModel):
     """What became of the runs that began between two moments."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "since": "2026-01-15T09:00:00.000Z",
+                    "until": "2026-01-15T09:40:00.000Z",
+                    "total": 126,
+                    "under_way": 3,
+                    "by_status": _COUNTS,
+                    "durations": {"runs": 118, "p50": 94.2, "p95": 301.7},
+                    "by_hour": [
+                        {
+                            "hour": "2026-01-15T09:00:00.000Z",
+                            "total": 126,
+                            "by_status": _COUNTS,
+                            "p50": 94.2,
+                            "p95": 301.7,
+                        }
+                    ],
+                    "by_workflow": [{"workflow_id": "default", "total": 126, "by_status": _COUNTS}],
+                }
+            ]
+        }
+    )
+
     since: Timestamp
     until: Timestamp
-    total: int
-    under_way: int = Field(description="Runs that are not over, whenever they began.")
-    by_status: Counts = Field(
-        examples=[{"PENDING": 0, "RUNNING": 3, "COMPLETED": 118, "FAILED": 4, "CANCELED": 1}],
-    )
+    total: int = Field(examples=[126])
+    under_way: int = Field(description="Runs that are not over, whenever they began.", examples=[3])
+    by_status: Counts = Field(examples=[_COUNTS])
     durations: Durations
     by_hour: list[HourOut] = Field(description="Every hour of the time, also one without runs; the oldest first.")
     by_workflow: list[WorkflowCountsOut] = Field(description="The busiest first.")

@@ -32,6 +32,7 @@ from switchboard.errors import (
     Unprocessable,
     will_pass,
 )
+from switchboard.events import IdOfExecution
 from switchboard.executions import COLUMNS
 from switchboard.happyrobot.client import HappyRobot, HappyRobotError, PutOff, Unknown
 from switchboard.runs.ingest import DEFAULT_NAME
@@ -59,12 +60,30 @@ _MARGIN = 60.0
 class TriggerIn(BaseModel):
     """What starts a workflow. Every further field is passed on to it as it is."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "context_id": "order_123",
+                    "name": "Carrier check call",
+                    "description": "Asks Blue Mesa Freight whether the pickup stands",
+                    "carrier_name": "Blue Mesa Freight",
+                    "phone": "+12025550142",
+                }
+            ]
+        },
+    )
 
     context_id: Id = Field(description="Your own id for what the call is about.", examples=["order_123"])
-    workflow_id: ShortText | None = Field(None, description=f"Which workflow; `{DEFAULT_WORKFLOW}` unless given.")
+    workflow_id: ShortText | None = Field(
+        None, description=f"Which workflow; `{DEFAULT_WORKFLOW}` unless given.", examples=[DEFAULT_WORKFLOW]
+    )
     name: ShortText | None = Field(None, description="Shown in lists.", examples=["Carrier check call"])
-    description: Text | None = Field(None, description="What this run is doing.")
+    description: Text | None = Field(
+        None, description="What this run is doing.", examples=["Asks Blue Mesa Freight whether the pickup stands"]
+    )
 
 
 class TriggerOut(BaseModel):
@@ -72,13 +91,13 @@ class TriggerOut(BaseModel):
 
     success: bool
     run_ids: list[str] = Field(examples=[["19184e4c-74ca-474a-8978-e77f5a661e4f"]])
-    execution_id: UUID
+    execution_id: IdOfExecution
 
 
 class UnconfirmedOut(ErrorOut):
     """HappyRobot did not confirm that it started the workflow."""
 
-    execution_id: UUID
+    execution_id: IdOfExecution
     status: Literal["failed", "submission_unknown"] = Field(
         description="`failed`: nobody was called. `submission_unknown`: somebody may have been; do not send it again, "
         "the run is found when it calls back."
