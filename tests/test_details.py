@@ -14,7 +14,7 @@ from switchboard.happyrobot.client import Effort
 from switchboard.happyrobot.records import Message, RunRecord, Session
 from switchboard.runs.archive import keep, kept
 from switchboard.tables import run_records
-from tests.conftest import API_KEY, Servers, Service, Upstream, rows_of, running_service, settings_for
+from tests.conftest import API_KEY, Servers, Service, Upstream, insert_run, rows_of, running_service, settings_for
 
 
 def answering(
@@ -145,8 +145,8 @@ async def test_two_who_keep_a_record_at_once_keep_all_of_it(db: AsyncEngine, con
     def record(*said: str) -> RunRecord:
         return RunRecord(sessions=[Session(id="s", messages=[Message(content=each) for each in said])])
 
-    for number in range(20):
-        run_id = f"run_{number}_{context_id}"
+    for _ in range(20):
+        run_id = await insert_run(db, context_id)
         await asyncio.gather(keep(db, run_id, record("1", "2", "3")), keep(db, run_id, record("1")))
         async with db.connect() as conn:
             assert await kept(conn, run_id) == record("1", "2", "3")

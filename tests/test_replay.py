@@ -56,8 +56,10 @@ class Reader:
             async for chunk in stream.follow(db, hub, follower, self.resume):
                 for line in chunk.decode().splitlines():
                     if line.startswith("id: "):
-                        self.seen.append(int(line[4:]))
-                        self.resume = self.seen[-1]
+                        self.resume = int(line[4:])
+                    elif line.startswith("data: "):
+                        assert self.resume is not None, "an event has an id"
+                        self.seen.append(self.resume)
 
 
 class World:
@@ -130,7 +132,7 @@ class World:
         reader = self.readers[which % len(self.readers)]
         await reader.leave()
         if reader.resume is None:
-            # It saw nothing and knows no id: a newcomer.
+            # It was not even told where it stands: a newcomer.
             reader.owed_after = self.history[-1].id if self.history else self.origin
         await reader.join(self.db, self.hubs[to])
 
