@@ -26,10 +26,11 @@ from switchboard.happyrobot import client
 from switchboard.happyrobot.client import Hook, NotSent, PutOff, Refused, Unknown, _certainly_not_started, _seconds
 from switchboard.happyrobot.simulator import Simulator
 from switchboard.runs.ingest import write
+from switchboard.runs.intake import Intake
 from switchboard.runs.queued import Launcher, accept
-from switchboard.runs.sorting import Unconfirmed
+from switchboard.runs.sorting import NewRuns, Unconfirmed
 from switchboard.runs.sweep import sweep
-from switchboard.runs.trigger import STOPPED, TriggerIn, start
+from switchboard.runs.trigger import STOPPED, TriggerIn, place, start
 from switchboard.tables import ExecutionStatus, RunStatus, executions, run_events
 from switchboard.workflows import Workflow
 from tests.conftest import (
@@ -543,6 +544,35 @@ async def test_a_service_that_stops_during_a_call_says_at_once_that_nobody_knows
     with pytest.raises(TriggerFailed) as told:
         await placing
     assert told.value.fields == {"execution_id": str(found.id), "status": "submission_unknown", "detail": STOPPED}
+
+
+async def test_a_service_that_stops_while_it_writes_down_what_was_started_says_so(
+    database_url: str, servers: Servers, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Never a word to try again: the call is placed."""
+    writing = asyncio.Event()
+
+    async def never(_: Intake, news: object) -> None:
+        assert isinstance(news, NewRuns)
+        writing.set()
+        await asyncio.Event().wait()
+
+    router = respx.MockRouter()
+    router.post("/hooks/test").respond(json={"queued_run_ids": [context_id]})
+    async with answering(router, database_url, servers) as service:
+        monkeypatch.setattr(Intake, "take", never)
+        state = service.state
+        runs = NewRuns(uuid4(), "default", context_id, "A call", None, ())
+        workflow = Workflow("default", Hook("http://127.0.0.1:1/hooks/test"))
+        placing = asyncio.create_task(
+            place(state["happyrobot"], state["intake"], state["settings"], workflow, runs, {})
+        )
+        await writing.wait()
+        placing.cancel()
+        with pytest.raises(TriggerFailed) as told:
+            await placing
+    assert told.value.fields["status"] == "submission_unknown"
+    assert told.value.fields["run_ids"] == [context_id]
 
 
 async def test_a_call_that_is_put_off_when_the_service_stops_was_not_placed(

@@ -12,7 +12,7 @@ import pytest
 from pgqueuer.adapters.drivers.asyncpg import AsyncpgDriver
 from pgqueuer.models import CronExpressionEntrypoint
 from pgqueuer.types import CronEntrypoint, CronExpression
-from sqlalchemy import Table, event, func, insert, select, text, update
+from sqlalchemy import Table, delete, event, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 from structlog.testing import capture_logs
 
@@ -183,6 +183,28 @@ async def test_no_record_is_kept_of_a_run_that_is_gone(own_db: AsyncEngine):
     assert (await pruned(own_db)).runs == 1
     record = RunRecord(status="completed", sessions=[Session(messages=[Message(content="Hello")])])
     assert await keep(own_db, old.run_ids[0], record) == record
+    assert await rows_of(own_db, run_records, old.run_ids[0]) == 0
+
+
+async def test_a_record_that_is_being_kept_goes_with_its_run(own_db: AsyncEngine):
+    old = await insert_old(own_db)
+    locked = select(agent_runs.c.id).where(agent_runs.c.run_id == old.run_ids[0])
+    async with own_db.connect() as looking, own_db.connect() as keeping:
+        await keeping.execute(delete(run_records))
+        await keeping.commit()
+        await keeping.execute(locked.with_for_update(read=True, key_share=True))
+        pruning = asyncio.create_task(pruned(own_db))
+        waiting = text("SELECT count(*) > 0 FROM pg_locks WHERE NOT granted")
+
+        async def waits() -> bool:
+            found = bool(await looking.scalar(waiting))
+            await looking.rollback()
+            return found
+
+        await until(waits)
+        await keeping.execute(insert(run_records).values(run_id=old.run_ids[0], record={}))
+        await keeping.commit()
+        assert (await pruning).runs == 1
     assert await rows_of(own_db, run_records, old.run_ids[0]) == 0
 
 

@@ -23,6 +23,7 @@ from switchboard.live.hub import Follower, Hub
 from switchboard.live.messages import Frame
 from switchboard.runs.ingest import write
 from switchboard.sight import EVERYTHING
+from switchboard.tables import RunStatus
 from tests.conftest import (
     Servers,
     Service,
@@ -80,6 +81,20 @@ async def test_who_is_cut_off_before_the_first_event_misses_none(service: Servic
     [place] = re.findall(r"^id: (\d+)$", first, re.MULTILINE)
     async with service.stream(place, context_id=context_id) as stream:
         assert (await anext(stream))["data"] == "while nobody listened"
+
+
+async def test_a_run_that_ends_while_its_reader_joins_is_told_to_its_end(
+    db: AsyncEngine, servers: Servers, run_id: str
+):
+    redis = Redis.from_url(servers.redis_url)
+    hub = Hub(db, redis, Channel(db))  # it does not run, and hears of nothing
+    async with hub.following(Scope(EVERYTHING, run_id=run_id)) as follower:
+        async with db.begin() as conn:
+            await write(conn, [NewEvent(run_id, "completed", "booked", RunStatus.COMPLETED)])
+        told = b"".join([chunk async for chunk in streams.follow(db, hub, follower, None)]).decode()
+    await redis.aclose()
+    assert told.count('"booked"') == 1
+    assert "event: end\n" in told
 
 
 async def test_who_resumes_behind_an_event_that_is_not_kept_any_more_is_told_nothing_twice(

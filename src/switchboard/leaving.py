@@ -45,6 +45,7 @@ class Leaving:
         self._told = asyncio.Event()
         self._since: float | None = None
         self._listeners: set[Callable[[], None]] = set()
+        self._last_resort: threading.Timer | None = None
 
     @property
     def begun(self) -> bool:
@@ -60,11 +61,11 @@ class Leaving:
 
     def begin_for_good(self) -> None:
         """Begins, and ends the process when it is not gone in time, whatever it waits for."""
-        if not self.begun:
+        if self._last_resort is None:
             # Such as the look-up of a name, which nothing can interrupt.
-            last_resort = threading.Timer(LAST_RESORT, os._exit, (0,))
-            last_resort.daemon = True
-            last_resort.start()
+            self._last_resort = threading.Timer(LAST_RESORT, _end_process)
+            self._last_resort.daemon = True
+            self._last_resort.start()
         self.begin()
 
     @contextlib.contextmanager
@@ -124,3 +125,8 @@ class Leaving:
                 # Not if the server, which was told twice, has put back what was there before it.
                 if signal.getsignal(signum) is handle:
                     signal.signal(signum, before[signum])
+
+
+def _end_process() -> None:
+    log.warning("left in the middle of something that could not be interrupted")
+    os._exit(0)

@@ -75,7 +75,7 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
             tracing.watch(db)
         database.measure(db)
         stack.push_async_callback(db.dispose)
-        # Who looks after the service is answered also while requests use all connections.
+        # Whether the service can serve is answered also while requests use all connections.
         probe = database.connect(database_url, pool_size=1, statement_timeout=2)
         stack.push_async_callback(probe.dispose)
         # One retry: the pool may hold a connection that a restart of Redis has cut.

@@ -174,7 +174,11 @@ class _Worker:
         if not doing.done() and job.entrypoint in _SAID_ONCE:
             # What they are about is on its way: cut off, nobody would know what became of it.
             await asyncio.wait({doing}, timeout=self._leaving.left(UNDER_WAY))
-        if not doing.done():
+            if not doing.done():
+                # Once, and with time to write down what is known.
+                doing.cancel()
+                await asyncio.wait({doing}, timeout=self._leaving.left(LAST_NEWS))
+        if doing.cancelled() or not doing.done():
             # Not cancelled by the queue, which would drop the job: the next worker takes it.
             await end(doing)
             return 0.0

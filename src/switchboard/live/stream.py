@@ -182,8 +182,8 @@ async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | Non
         # Asked after joining: if the run ends from here on, its last event comes through the follower.
         status = await _status(db, follower.scope) if run_id is not None else None
         over = status in FINAL
-        if after is not None:
-            sent = after = await _within_this_life(hub, follower, after)
+        if after is not None or over:
+            sent = after = follower.joined_after if after is None else await _within_this_life(hub, follower, after)
             # The hub may lag behind a run that is over, and nobody will follow it.
             async for page in _replay(db, follower.scope, after, None if over else follower.joined_after):
                 sent = page[-1].event.id

@@ -90,14 +90,17 @@ class Intake:
                 await end(writing)
 
     async def _write_all(self) -> None:
+        batch: list[_Waiting] = []
         try:
             while self._waiting:
-                await self._write([self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))])
+                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
+                await self._write(batch)
         finally:
             self._writing = None
-            # Stopped in the middle: nobody is to wait for ever.
-            while self._waiting:
-                self._waiting.popleft()[1].cancel()
+            # Stopped in the middle: nobody is to wait for ever. Those who have their answer keep it.
+            for _, written in (*batch, *self._waiting):
+                written.cancel()
+            self._waiting.clear()
 
     async def _write(self, batch: Sequence[_Waiting]) -> None:
         try:

@@ -159,9 +159,10 @@ async def _delete(conn: AsyncConnection, batch: _Batch, limit: datetime, pruned:
     pruned.events += events
     if events == _EVENTS_AT_ONCE:
         return False  # the events first: nothing would lead to those of a run that is gone
-    await conn.execute(delete(run_records).where(run_records.c.run_id == _any_run(run_ids)))
     gone = await conn.execute(delete(agent_runs).where(agent_runs.c.run_id == _any_run(run_ids)))
     pruned.runs += gone.rowcount
+    # After the runs: whoever keeps a record has locked its run, and has written it by now.
+    await conn.execute(delete(run_records).where(run_records.c.run_id == _any_run(run_ids)))
     await conn.execute(delete(approvals).where(approvals.c.execution_id == _any_execution(ripe)))
     await conn.execute(delete(deliveries).where(deliveries.c.execution_id == _any_execution(ripe)))
     gone = await conn.execute(delete(executions).where(executions.c.id == _any_execution(ripe)))

@@ -293,18 +293,18 @@ async def _told_again(conn: AsyncConnection, execution: Row[Any]) -> TriggerOut:
 async def _record(intake: Intake, runs: NewRuns, patience: float) -> None:
     # The call is placed. Whatever happens now, nobody may be told to try again.
     deadline = time.monotonic() + patience
-    for pause in chain(_PAUSES, repeat(_PAUSES[-1])):
-        try:
-            await intake.take(runs)
-        except (SQLAlchemyError, OSError) as error:
-            if not will_pass(error) or time.monotonic() + pause > deadline:
-                raise _not_recorded(runs, error) from error
+    try:
+        for pause in chain(_PAUSES, repeat(_PAUSES[-1])):
             try:
+                await intake.take(runs)
+            except (SQLAlchemyError, OSError) as error:
+                if not will_pass(error) or time.monotonic() + pause > deadline:
+                    raise _not_recorded(runs, error) from error
                 await asyncio.sleep(pause)
-            except asyncio.CancelledError as stopped:
-                raise _not_recorded(runs, error) from stopped
-        else:
-            return
+            else:
+                return
+    except asyncio.CancelledError as stopped:
+        raise _not_recorded(runs, Unknown(STOPPED)) from stopped
 
 
 def _not_recorded(runs: NewRuns, error: Exception) -> TriggerFailed:
@@ -319,7 +319,7 @@ async def _unconfirmed(intake: Intake, execution_id: UUID, error: HappyRobotErro
     log.warning("execution unconfirmed", execution_id=execution_id, status=status, error=error)
     found: dict[str, Any] = {}
     # The caller learns of it even if it cannot be written down: then a worker does, once the process counts as gone.
-    with contextlib.suppress(SQLAlchemyError, OSError):
+    with contextlib.suppress(SQLAlchemyError, OSError, asyncio.CancelledError):
         noted = await intake.take(Unconfirmed(execution_id, status, str(error)))
         if isinstance(noted, Noted) and noted.run_ids:
             found["run_ids"] = list(noted.run_ids)
