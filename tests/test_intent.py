@@ -546,6 +546,33 @@ async def test_a_service_that_stops_during_a_call_says_at_once_that_nobody_knows
     assert told.value.fields == {"execution_id": str(found.id), "status": "submission_unknown", "detail": STOPPED}
 
 
+async def test_a_second_attempt_that_is_cut_off_may_have_been_heard(
+    database_url: str, servers: Servers, monkeypatch: pytest.MonkeyPatch
+):
+    """That the first one started nothing says nothing about it."""
+    monkeypatch.setattr(client, "_FIRST_PAUSE", 0.001)
+    asked, again = 0, asyncio.Event()
+
+    async def answer(_: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            return httpx.Response(503)
+        again.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    router = respx.MockRouter()
+    hook = Hook("http://127.0.0.1:1/hooks/test")
+    router.post("/hooks/test").mock(side_effect=answer)
+    async with answering(router, database_url, servers) as service:
+        placing = asyncio.create_task(service.state["happyrobot"].trigger(hook, {}))
+        await again.wait()
+        placing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await placing
+
+
 async def test_a_service_that_stops_while_it_writes_down_what_was_started_says_so(
     database_url: str, servers: Servers, context_id: str, monkeypatch: pytest.MonkeyPatch
 ):
