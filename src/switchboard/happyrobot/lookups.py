@@ -166,7 +166,9 @@ class Lookups:
             await asyncio.sleep(min(max(left, _LOOK_EVERY), 5 * _LOOK_EVERY))
 
     async def _left(self, run_id: str) -> float:
-        return float(await self._redis.pttl(self._prefix + run_id)) / 1000
+        milliseconds = int(await self._redis.pttl(self._prefix + run_id))
+        # In its last millisecond it has none left, and is still there.
+        return max(milliseconds, 1) / 1000 if milliseconds >= 0 else 0
 
     async def _none_left(self) -> float:
         return 0
