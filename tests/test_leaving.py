@@ -245,5 +245,9 @@ asyncio.run(main())
 
 async def test_what_cannot_be_interrupted_keeps_nobody():
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", HELD)
-    async with asyncio.timeout(60):
-        assert await process.wait() == 0
+    try:
+        async with asyncio.timeout(60):
+            assert await process.wait() == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
