@@ -30,7 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from switchboard import cli, database, embedded, local
-from switchboard.access import keys
+from switchboard.access import keys, seats
 from switchboard.app import create_app
 from switchboard.embedded.folder import KEEPER_LOCK, poll
 from switchboard.embedded.lease import _kept
@@ -311,6 +311,17 @@ async def running_service(
 async def service(database_url: str, servers: Servers, upstream: Upstream) -> AsyncIterator[Service]:
     """The service, with the simulator upstream."""
     async with running_service(settings_for(database_url, servers.redis_url, upstream.url)) as service:
+        yield service
+
+
+@pytest.fixture
+async def guarded(
+    database_url: str, servers: Servers, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Service]:
+    """A service that wants credentials, and soon notices that some are no longer good."""
+    monkeypatch.setattr(seats, "_LOOK_EVERY", 0.05)
+    settings = settings_for(database_url, servers.redis_url, upstream.url, allow_anonymous=False)
+    async with running_service(settings) as service:
         yield service
 
 

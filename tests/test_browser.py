@@ -4,14 +4,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from uuid import UUID
 
-import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from switchboard.access import keys, seats
+from switchboard.access import keys
 from tests.conftest import (
     Servers,
     Service,
@@ -117,16 +116,6 @@ async def another_origin() -> AsyncIterator[str]:
     """An origin on the same host, so that the browser sends it the same cookies."""
     async with serving(lambda _: Starlette(routes=[Route("/", page_of_somebody)])) as (url, _):
         yield url
-
-
-@pytest.fixture
-async def guarded(
-    database_url: str, servers: Servers, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Service]:
-    monkeypatch.setattr(seats, "_LOOK_EVERY", 0.05)
-    settings = settings_for(database_url, servers.redis_url, upstream.url, allow_anonymous=False)
-    async with running_service(settings) as service:
-        yield service
 
 
 async def sign_in(tab: Tab, service: Service, db: AsyncEngine, context_id: str, **more: object) -> UUID:

@@ -16,7 +16,7 @@ from sqlalchemy import delete, func, insert, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import local
-from switchboard.access import keys, seats
+from switchboard.access import keys
 from switchboard.console import page_policy
 from switchboard.happyrobot.simulator import Simulator
 from switchboard.tables import KeyScope, agent_runs, api_keys, deliveries, delivery_attempts, run_events
@@ -804,16 +804,6 @@ async def failed_delivery(db: AsyncEngine, key_id: UUID) -> UUID:
 
 
 # Who is let in
-
-
-@pytest.fixture
-async def guarded(
-    database_url: str, servers: Servers, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Service]:
-    monkeypatch.setattr(seats, "_LOOK_EVERY", 0.05)
-    settings = settings_for(database_url, servers.redis_url, upstream.url, allow_anonymous=False)
-    async with running_service(settings) as service:
-        yield service
 
 
 async def sign_in(page: Page, headers: dict[str, str]) -> None:
