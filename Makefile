@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # Half as many again as there are processors: a good part of a test is waiting.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 3 / 2)
 
-.PHONY: setup demo test check format lock clean
+.PHONY: setup demo test check bench format lock clean
 
 setup: $(READY)
 
@@ -25,14 +25,17 @@ demo: setup ## Start everything, watch one call; ONCE=1 leaves when it has compl
 # Which lines run is looked at where changes are judged: it takes a good part of the time.
 COVER := $(if $(COVERAGE),--cov --cov-report=term,-p no:cov)
 
-test: setup ## Every test, in parallel, against real PostgreSQL and Valkey; COVERAGE=1 wants 95 % of the branches
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(COVER) $(ARGS)
+test: setup ## Every test, in parallel, against real PostgreSQL and Valkey; COVERAGE=1 wants 95 % of the branches, LARGE=1 millions of rows
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(COVER) $(if $(LARGE),-m "large or not large") $(ARGS)
 
 check: setup ## Lint, format, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: setup ## Measure it beside others and write benchmarks/RESULTS.md; QUICK=1 in two minutes, ONLY="callbacks fanout" a part
+	$(BIN)/python -m benchmarks
 
 format: setup
 	$(BIN)/ruff check --fix .
