@@ -10,8 +10,13 @@ from switchboard.jobs import PREFIX
 from switchboard.settings import Settings
 from switchboard.tables import metadata
 
-# Several replicas may start at once; one migrates, the others wait and find nothing to do.
-_ONE_AT_A_TIME = text("SELECT pg_advisory_xact_lock(4848107521966110287)")
+# Several replicas may start at once; one migrates, the others wait and find nothing to do. They ask again and again: an
+# index that is built beside the traffic waits for every transaction that is older, and would for ever for one that
+# waits itself.
+_ONE_AT_A_TIME = text("SELECT pg_try_advisory_xact_lock(4848107521966110288)")
+# Said after it: until the next statement PostgreSQL keeps what that one has seen, and such a transaction is waited for.
+_WHILE_IT_LASTS = text("SET LOCAL idle_in_transaction_session_timeout = 0")
+_PAUSE = text("SELECT pg_sleep(0.1)")
 
 
 def ours(name: str | None, kind: str, _: object) -> bool:
@@ -20,10 +25,16 @@ def ours(name: str | None, kind: str, _: object) -> bool:
 
 
 def run(connection: Connection) -> None:
-    context.configure(connection=connection, target_metadata=metadata, include_name=ours)
-    with context.begin_transaction():
-        connection.execute(_ONE_AT_A_TIME)
-        context.run_migrations()
+    # The lock is another connection's, for migrations may commit on their way.
+    with connection.engine.connect() as lock:
+        while not lock.scalar(_ONE_AT_A_TIME):
+            lock.rollback()
+            lock.execute(_PAUSE)
+            lock.rollback()
+        lock.execute(_WHILE_IT_LASTS)
+        context.configure(connection=connection, target_metadata=metadata, include_name=ours)
+        with context.begin_transaction():
+            context.run_migrations()
 
 
 async def run_alone() -> None:
@@ -32,7 +43,7 @@ async def run_alone() -> None:
         raise SystemExit("DATABASE_URL is not set; `switchboard migrate` reaches the embedded server")
     engine = connect(url.get_secret_value(), statement_timeout=None)
     try:
-        async with engine.begin() as connection:
+        async with engine.connect() as connection:
             await connection.run_sync(run)
     finally:
         await engine.dispose()

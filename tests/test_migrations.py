@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -14,6 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, select, text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database
@@ -28,6 +30,9 @@ GUIDES_INSERT = text(
     "INSERT INTO agent_runs (run_id, context_id, name, description, status, metadata, created_at, updated_at) "
     "VALUES ('r', 'c', 'n', 'd', 'COMPLETED', '{\"result\": 1}', now(), now())"
 )
+
+
+AN_EVENT = text("INSERT INTO run_events (run_id, context_id, event_type, status) VALUES ('r', 'c', 'log', 'RUNNING')")
 
 
 @pytest.fixture
@@ -73,19 +78,26 @@ async def test_the_migrations_build_what_the_tables_say(db: AsyncEngine):
         assert await conn.run_sync(differences) == []
 
 
-async def test_check_constraints_agree_too(db: AsyncEngine, servers: Servers):
-    """Alembic does not compare them."""
-    query = text(
-        "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint "
-        "WHERE connamespace = 'public'::regnamespace AND contype = 'c' ORDER BY 1, 2"
-    )
+@pytest.mark.parametrize(
+    ("what", "whose", "name"),
+    [
+        ("pg_get_constraintdef(oid)", "pg_constraint WHERE contype = 'c'", "conrelid::regclass::text"),
+        ("pg_get_indexdef(indexrelid)", "pg_index WHERE true", "indrelid::regclass::text"),
+        ("unnest(reloptions)", "pg_class WHERE true", "oid::regclass::text"),
+    ],
+    ids=["check constraints", "indexes", "storage"],
+)
+async def test_what_alembic_does_not_compare_agrees_too(
+    db: AsyncEngine, servers: Servers, what: str, whose: str, name: str
+):
+    query = f"SELECT {name}, {what} FROM {whose} AND {name} = ANY (ARRAY{list(metadata.tables)}) ORDER BY 1, 2"
     async with db.connect() as conn:
-        migrated = (await conn.execute(query)).all()
+        migrated = (await conn.execute(text(query))).all()
     async with new_database(servers) as url:
         engine = database.connect(url)
         async with engine.begin() as conn:
             await conn.run_sync(metadata.create_all)
-            created = (await conn.execute(query)).all()
+            created = (await conn.execute(text(query))).all()
         await engine.dispose()
     assert migrated == created
     assert migrated
@@ -190,14 +202,77 @@ async def test_the_guides_table_is_there_under_the_guides_names(db: AsyncEngine)
         "updated_at": ("timestamp with time zone", None),
     }
     assert found.items() >= expected.items()
+    # They know the order of lists, too.
     for name, column in (("idx_agent_runs_context", "context_id"), ("idx_agent_runs_status", "status")):
-        assert f"CREATE INDEX {name} ON public.agent_runs USING btree ({column})" in indexes
+        assert f"CREATE INDEX {name} ON public.agent_runs USING btree ({column}, created_at, id)" in indexes
 
 
 async def test_a_status_that_nobody_knows_cannot_be_stored(db: AsyncEngine):
     with pytest.raises(Exception, match="agent_runs_status_known"):
         async with db.begin() as conn:
             await conn.execute(text("INSERT INTO agent_runs (run_id, context_id, status) VALUES ('x', 'c', 'done')"))
+
+
+async def test_no_copy_of_an_event_can_be_stored(db: AsyncEngine):
+    insert = text(
+        "INSERT INTO run_events (run_id, context_id, event_type, status, dedupe_key) "
+        "VALUES (:run_id, 'c', 'log', 'RUNNING', :key)"
+    )
+    event = {"run_id": f"run_{uuid4().hex}", "key": uuid4()}
+    async with db.begin() as conn:
+        await conn.execute(insert, [event, event | {"key": None}, event | {"key": None}])
+    with pytest.raises(IntegrityError):
+        async with db.begin() as conn:
+            await conn.execute(insert, event)
+
+
+@pytest.fixture
+async def before_local_indexes(empty_url: str) -> AsyncIterator[AsyncEngine]:
+    """A database with an event, just before indexes are built beside the traffic."""
+    await migrate(empty_url)
+    await downgrade(empty_url, "0005")
+    engine = database.connect(empty_url)
+    async with engine.begin() as conn:
+        await conn.execute(GUIDES_INSERT)
+        await conn.execute(AN_EVENT)
+    yield engine
+    await engine.dispose()
+
+
+async def test_callbacks_are_taken_while_indexes_are_built(before_local_indexes: AsyncEngine, empty_url: str):
+    waits = text(
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND query LIKE 'CREATE%INDEX%' AND wait_event_type = 'Lock'"
+    )
+    async with before_local_indexes.connect() as conn, before_local_indexes.connect() as other:
+        # Who has begun to write is waited for.
+        await conn.execute(AN_EVENT)
+        migration = asyncio.create_task(migrate(empty_url))
+        while not await other.scalar(waits):
+            await other.rollback()
+            assert not migration.done()
+        await other.execute(text("SET LOCAL lock_timeout = '1s'"))
+        await other.execute(AN_EVENT)
+        await other.commit()
+        await conn.commit()
+        await migration
+        assert await other.scalar(text("SELECT count(*) FROM run_events")) == 3
+
+
+async def test_a_migration_that_was_interrupted_goes_on(before_local_indexes: AsyncEngine, empty_url: str):
+    """What it leaves half done has the name of what is to be there."""
+    names = "('idx_run_events_dedupe', 'idx_agent_runs_status')"
+    async with before_local_indexes.begin() as conn:
+        await conn.execute(text("CREATE INDEX idx_run_events_dedupe ON run_events (run_id)"))
+        await conn.execute(text("CREATE INDEX idx_agent_runs_status_newest ON agent_runs (status)"))
+        await conn.execute(text("DROP INDEX idx_agent_runs_status"))
+    await migrate(empty_url)
+    async with before_local_indexes.connect() as conn:
+        found = sorted(await conn.scalars(text(f"SELECT indexdef FROM pg_indexes WHERE indexname IN {names}")))
+    assert [definition[definition.index("(") :] for definition in found] == [
+        "(status, created_at, id)",
+        "(run_id, dedupe_key) WHERE (dedupe_key IS NOT NULL)",
+    ]
 
 
 async def test_alembic_itself_finds_its_way(empty_url: str, monkeypatch: pytest.MonkeyPatch):

@@ -33,7 +33,6 @@ from sqlalchemy import (
     select,
     table,
     text,
-    true,
     update,
 )
 from sqlalchemy import cast as cast_to
@@ -117,7 +116,7 @@ _DAWN = 1_577_836_800
 """The beginning of 2020, so that a time in seconds fits into PgQueuer's priorities until 2088."""
 
 
-def _rank(after: float) -> int:
+def rank(after: float) -> int:
     """The priority of a job that is due in so many seconds: what is due first comes first.
 
     PgQueuer takes jobs by priority, then by age, and a job that puts itself off keeps its age. Of more jobs than there
@@ -152,7 +151,7 @@ async def enqueue(conn: AsyncConnection, jobs: Sequence[Job]) -> None:
     await queries(cast("Driver", _Joined(conn))).enqueue(
         [job.entrypoint for job in jobs],
         [job.subject.encode() for job in jobs],
-        [_FIRST if job.entrypoint in _URGENT else _rank(job.after + job.behind) for job in jobs],
+        [_FIRST if job.entrypoint in _URGENT else rank(job.after + job.behind) for job in jobs],
         [timedelta(seconds=job.after) for job in jobs],
         [job.key for job in jobs],
         on_conflict="skip",
@@ -189,8 +188,9 @@ def is_queued(entrypoint: str, subject: ColumnElement[str]) -> ColumnElement[boo
 def is_asleep(entrypoint: str, subject: ColumnElement[str], after: ColumnElement[timedelta]) -> ColumnElement[bool]:
     """Whether such a job waits, and comes up later than after so long."""
     key = literal(f"{entrypoint}:") + subject
-    found = select(true()).where(_queue.c.dedupe_key == key, _waits, _queue.c.execute_after > func.now() + after)
-    # Not EXISTS, which PostgreSQL may answer by reading all jobs there are, when many runs are asked about at once.
+    # Not EXISTS, nor more conditions: PostgreSQL might answer it by reading all jobs there are, by a plan from the time
+    # when there were few.
+    found = select(_waits & (_queue.c.execute_after > func.now() + after)).where(_queue.c.dedupe_key == key, _is_live)
     return func.coalesce(found.scalar_subquery(), false())
 
 
@@ -202,8 +202,13 @@ async def hasten(conn: AsyncConnection, entrypoint: str, subjects: Sequence[str]
     sooner = func.now() + timedelta(seconds=after)
     await conn.execute(
         update(_queue)
-        .where(_queue.c.dedupe_key == any_(literal(keys, ARRAY(String))), _waits, _queue.c.execute_after > sooner)
-        .values(execute_after=sooner, priority=_rank(after))
+        .where(
+            _queue.c.dedupe_key == any_(literal(keys, ARRAY(String))),
+            _is_live,
+            # Written so that no other index than that of the keys comes into question.
+            case((_waits, _queue.c.execute_after > sooner), else_=false()),
+        )
+        .values(execute_after=sooner, priority=rank(after))
     )
 
 
@@ -254,7 +259,7 @@ async def overdue(conn: AsyncConnection, schedule: str) -> float | None:
 
 async def rank_behind(conn: AsyncConnection, job_id: int, after: float) -> None:
     """Gives a job that puts itself off its place among those that are due by then."""
-    await conn.execute(update(_queue).where(_queue.c.id == job_id).values(priority=_rank(after)))
+    await conn.execute(update(_queue).where(_queue.c.id == job_id).values(priority=rank(after)))
 
 
 async def revive(conn: AsyncConnection) -> None:
@@ -268,7 +273,7 @@ async def revive(conn: AsyncConnection) -> None:
     await conn.execute(
         update(_queue)
         .where(_has_failed)
-        .values(status=literal_column("'queued'"), execute_after=func.now(), queue_manager_id=null(), priority=_rank(0))
+        .values(status=literal_column("'queued'"), execute_after=func.now(), queue_manager_id=null(), priority=rank(0))
     )
 
 

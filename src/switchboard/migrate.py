@@ -28,9 +28,9 @@ def earlier_revisions() -> frozenset[str]:
 
 
 async def migrate(url: str) -> None:
-    """Upgrades to the newest revision in one transaction, then the job queue's own tables.
+    """Upgrades to the newest revision, then the job queue's own tables.
 
-    Waits while another process does the same.
+    In one transaction, but for what is built beside the traffic. Waits while another process does the same.
     """
     engine = database.connect(url, statement_timeout=None)
     alembic = config()
@@ -40,7 +40,7 @@ async def migrate(url: str) -> None:
         command.upgrade(alembic, "head")
 
     try:
-        async with engine.begin() as connection:
+        async with engine.connect() as connection:
             await connection.run_sync(upgrade)
         # A newer PgQueuer may expect more of its tables than the one that made them.
         async with engine.connect() as connection:

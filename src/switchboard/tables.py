@@ -131,8 +131,11 @@ agent_runs = Table(
     # When HappyRobot, asked, last said where the run stands. What it says is an event only if it moves the run.
     Column("heard_at", DateTime(timezone=True)),
     CheckConstraint(f"status IN ({', '.join(repr(str(status)) for status in RunStatus)})", name="status_known"),
-    Index("idx_agent_runs_context", "context_id"),
-    Index("idx_agent_runs_status", "status"),
+    # A move of a run writes to each of them, for `status` stands in two. What they share is that the newest runs are
+    # listed first, whatever the list is narrowed to, and that they lie together.
+    Index("idx_agent_runs_context", "context_id", "created_at", "id"),
+    Index("idx_agent_runs_status", "status", "created_at", "id"),
+    Index("idx_agent_runs_workflow", "workflow_id", "created_at", "id"),
     # With what is counted, so that statistics need not look at the rows.
     Index(
         "idx_agent_runs_newest",
@@ -140,8 +143,15 @@ agent_runs = Table(
         "id",
         postgresql_include=["workflow_id", "status", "completed_at"],
     ),
-    Index("idx_agent_runs_context_newest", "context_id", "created_at", "id"),
     Index("idx_agent_runs_execution", "execution_id"),
+    # The few that HappyRobot is still asked about.
+    Index("idx_agent_runs_timed_out", "updated_at", postgresql_where=text("timed_out")),
+    # `heard_at` changes often, and no index knows of it: where its page has room, the row alone is written.
+    postgresql_with={
+        "autovacuum_vacuum_scale_factor": 0.01,
+        "autovacuum_vacuum_insert_scale_factor": 0.01,
+        "fillfactor": 85,
+    },
 )
 
 # Its object, even where a foreign INSERT has stored other JSON.
@@ -186,6 +196,7 @@ executions = Table(
     # For those who see some contexts or workflows alone.
     Index("idx_executions_context", "context_id"),
     Index("idx_executions_workflow", "workflow_id"),
+    postgresql_with={"fillfactor": 85},
 )
 
 # What runs have asked to have approved. Each is decided once.
@@ -216,6 +227,7 @@ approvals = Table(
     Column("told_at", DateTime(timezone=True)),
     CheckConstraint(f"status IN ({', '.join(repr(str(status)) for status in ApprovalStatus)})", name="status_known"),
     Index("idx_approvals_execution", "execution_id", "number"),
+    Index("idx_approvals_run", "run_id"),
     Index("idx_approvals_pending", "run_id", postgresql_where=text("status = 'pending'")),
 )
 
@@ -235,9 +247,18 @@ run_events = Table(
     Column("data", JSON(none_as_null=True)),
     Column("occurred_at", DateTime(timezone=True)),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
-    Column("dedupe_key", Uuid, unique=True),
+    Column("dedupe_key", Uuid),
     Index("idx_run_events_run", "run_id", "id"),
     Index("idx_run_events_context", "context_id", "id"),
+    # The key is drawn at random, from the run's id among others. Beside it copies are looked for where the run's
+    # events are, and not all over an index which no cache holds.
+    Index(
+        "idx_run_events_dedupe",
+        "run_id",
+        "dedupe_key",
+        unique=True,
+        postgresql_where=text("dedupe_key IS NOT NULL"),
+    ),
 )
 
 # One row: which installation this database belongs to.
@@ -385,6 +406,7 @@ deliveries = Table(
     Index("idx_deliveries_execution", "execution_id"),
     Index("idx_deliveries_pending", "key_id", "due_at", postgresql_where=text("status = 'pending'")),
     Index("idx_deliveries_failed", "number", postgresql_where=text("status = 'failed'")),
+    postgresql_with={"fillfactor": 85},
 )
 
 # What came of each attempt to send one.

@@ -34,6 +34,7 @@ from switchboard.executions import COLUMNS
 from switchboard.jobs import CHECK, RECONCILE, Job, enqueue, hasten, is_asleep
 from switchboard.runs import approvals, settling
 from switchboard.runs.sorting import (
+    TRIGGERED,
     Decision,
     GivenUp,
     NewRuns,
@@ -63,10 +64,11 @@ from switchboard.tables import (
 # one commit, whatever the number of events in it. See docs/decisions/0002-events-in-commit-order.md.
 #
 # Whoever vanishes in the middle of a turn (its network was cut) must not keep it, and a row that a foreign session has
-# locked must not either. Set for the transaction alone, which works behind a pooler, too.
+# locked must not either. Set for the transaction alone, which works behind a pooler, too. Nor is a table read through:
+# all that is looked for in a turn is found by an index, also by plans that were made while the tables were still small.
 TURN = text(
     "SELECT set_config('lock_timeout', '3s', true), set_config('idle_in_transaction_session_timeout', '5s', true), "
-    "pg_advisory_xact_lock(7308060441651407467)"
+    "set_config('enable_seqscan', 'off', true), pg_advisory_xact_lock(7308060441651407467)"
 )
 
 _HELD_FOR = text("interval '1 day'")
@@ -281,14 +283,7 @@ async def _insert_runs(conn: AsyncConnection, start: NewRuns) -> list[NewEvent]:
             .where(agent_runs.c.run_id.in_(known), agent_runs.c.execution_id.is_(None))
             .values(execution_id=start.execution_id)
         )
-    data: dict[str, Any] = {
-        "name": start.name,
-        "workflow_id": start.workflow_id,
-        "execution_id": str(start.execution_id),
-    }
-    if start.adopted:
-        data["adopted"] = True
-    return [NewEvent(run_id, "triggered", data) for run_id in start.run_ids if run_id in added]
+    return [NewEvent(run_id, TRIGGERED, start.data) for run_id in start.run_ids if run_id in added]
 
 
 _LOAD_RUNS = select(
@@ -325,13 +320,24 @@ async def _load_runs(conn: AsyncConnection, run_ids: Collection[str], soon: time
     return runs
 
 
-_SEEN = select(run_events.c.dedupe_key).where(run_events.c.dedupe_key == any_(bindparam("keys", type_=ARRAY(Uuid))))
+_copy = (
+    func.unnest(bindparam("run_ids", type_=ARRAY(String)), bindparam("keys", type_=ARRAY(Uuid)))
+    .table_valued("run_id", "dedupe_key")
+    .render_derived("copy")
+)
+# By their runs, too: what is looked for lies where these runs' other events are, and not anywhere in a large index.
+_SEEN = select(run_events.c.dedupe_key).where(
+    run_events.c.run_id == _copy.c.run_id, run_events.c.dedupe_key == _copy.c.dedupe_key
+)
 
 
 async def _seen(conn: AsyncConnection, news: Sequence[NewEvent]) -> set[UUID]:
     """Which of these events' copies are in the timeline already."""
-    keys = [event.dedupe_key for event in news if event.dedupe_key is not None]
-    return set(await conn.scalars(_SEEN, {"keys": keys})) if keys else set()
+    named = [(event.run_id, event.dedupe_key) for event in news if event.dedupe_key is not None]
+    if not named:
+        return set()
+    run_ids, keys = zip(*named, strict=True)
+    return set(await conn.scalars(_SEEN, {"run_ids": run_ids, "keys": keys}))
 
 
 _APPEND = insert(run_events).returning(run_events, sort_by_parameter_order=True)

@@ -11,6 +11,9 @@ from switchboard.jobs import CHECK, Job
 from switchboard.runs.status import Standing, advance, timed_out
 from switchboard.tables import ApprovalStatus, ExecutionStatus, RunStatus
 
+TRIGGERED = "triggered"
+"""The type of a run's first event."""
+
 
 @dataclass(frozen=True, slots=True)
 class NewRuns:
@@ -24,6 +27,16 @@ class NewRuns:
     run_ids: Sequence[str]
     adopted: bool = False
     """Whether it was not HappyRobot's answer that named them, but a callback of theirs."""
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the first event of each of them says."""
+        told: dict[str, Any] = {
+            "name": self.name,
+            "workflow_id": self.workflow_id,
+            "execution_id": str(self.execution_id),
+        }
+        return told | {"adopted": True} if self.adopted else told
 
 
 @dataclass(frozen=True, slots=True)
