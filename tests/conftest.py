@@ -182,6 +182,14 @@ async def db(database_url: str) -> AsyncIterator[AsyncEngine]:
     await engine.dispose()
 
 
+@pytest.fixture
+async def line(db: AsyncEngine) -> AsyncIterator[database.Line]:
+    """A connection of a writer's own."""
+    line = database.Line(db)
+    yield line
+    await line.hang_up()
+
+
 @dataclass
 class Upstream:
     """The simulator, served over HTTP."""

@@ -2,13 +2,15 @@
 
 import asyncio
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from switchboard.runs.ingest import write
+from switchboard.runs import intake
+from switchboard.runs.ingest import TURN, write
 from switchboard.runs.sorting import NewRuns
 from switchboard.tables import agent_runs, executions, held_callbacks, run_events
 from tests.conftest import (
@@ -388,3 +390,35 @@ async def test_the_callback_key_may_differ_from_the_hooks(database_url: str, ser
         body = {"run_id": run_id, "event_type": "log"}
         assert (await service.http.post(URL, json=body, headers=HEADERS)).status_code == 401
         assert (await service.http.post(URL, json=body, headers={"X-API-KEY": "another"})).status_code == 200
+
+
+async def test_more_than_there_is_room_for_is_told_to_come_back(
+    service: Service, db: AsyncEngine, run_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(intake, "MAX_WAITING_BYTES", 1)
+    async with db.begin() as conn:
+        await conn.execute(TURN)  # in which nobody else writes
+        # One is being written, one waits; for others there is no room.
+        sent = [asyncio.create_task(service.callback(run_id, "log", number)) for number in range(4)]
+        refused, accepted = await asyncio.wait(sent, return_when=asyncio.FIRST_COMPLETED)
+        while len(refused) < 2:
+            more, accepted = await asyncio.wait(accepted, return_when=asyncio.FIRST_COMPLETED)
+            refused |= more
+    assert [(each.result().status_code, each.result().headers["retry-after"]) for each in refused] == [(503, "1")] * 2
+    assert [each.status_code for each in await asyncio.gather(*accepted)] == [200] * 2
+    assert await rows_of(db, run_events, run_id) == 2
+
+
+async def test_the_key_is_checked_before_the_body_is_waited_for(service: Service):
+    reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(service.url).port)
+    writer.write(f"POST {URL} HTTP/1.1\r\nHost: x\r\nX-API-KEY: wrong\r\nContent-Length: 100\r\n\r\n".encode())
+    async with asyncio.timeout(10):
+        assert b" 401 " in await reader.readline()
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_answers_do_not_grow(service: Service, run_id: str):
+    first, second = [await service.callback(run_id, "log", number) for number in range(2)]
+    assert len(first.headers.get_list("x-request-id", split_commas=True)) == 1
+    assert [name for name, _ in first.headers.raw] == [name for name, _ in second.headers.raw]

@@ -1,9 +1,10 @@
 """What callers see when a part is away, or when there is too much to do."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Any
+from unittest.mock import Mock
 from uuid import uuid4
 
 import pytest
@@ -15,13 +16,14 @@ from structlog.contextvars import bound_contextvars, get_contextvars
 
 from switchboard import database
 from switchboard.breaker import Breaker
+from switchboard.database import Line
 from switchboard.errors import PUBLIC, PostgresAway, Unavailable
 from switchboard.events import Event, NewEvent
 from switchboard.leaving import Leaving
 from switchboard.live.announcer import Announcer
 from switchboard.live.channel import Channel
 from switchboard.live.messages import unpack
-from switchboard.runs import ingest, intake
+from switchboard.runs import intake
 from switchboard.runs.intake import Intake
 from switchboard.runs.sorting import Duplicate, Held, Recorded
 from switchboard.tables import RunStatus, run_events
@@ -35,6 +37,7 @@ from tests.conftest import (
     run_sql,
     running_service,
     settings_for,
+    until,
     with_database,
 )
 
@@ -138,6 +141,30 @@ async def broken(conn: Any, _: str) -> None:
     await conn.execute(text("SELECT no_such_column"))
 
 
+@pytest.mark.parametrize("said", ["at once", "asked", "never"])
+async def test_connections_that_were_cut_in_the_pool_are_replaced(
+    database_url: str, db: AsyncEngine, said: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Whether the network says so, says so when it is asked, or does not answer at all."""
+    engine, pid = database.connect(database_url), text("SELECT pg_backend_pid()")
+    dialect = engine.sync_engine.dialect
+    async with engine.connect() as one, engine.connect() as another:
+        pids = [await one.scalar(pid), await another.scalar(pid)]
+        drivers: list[Any] = [(await each.get_raw_connection()).driver_connection for each in (one, another)]
+    if said == "at once":
+        async with db.connect() as conn:
+            cut = text("SELECT pg_terminate_backend(pid) FROM unnest(CAST(:pids AS int[])) AS pid")
+            await conn.execute(cut, {"pids": pids})
+        await until(lambda: all(driver.is_closed() for driver in drivers))
+    else:
+        error = TimeoutError() if said == "never" else dialect.loaded_dbapi.InterfaceError("cut")
+        monkeypatch.setattr(database, "_SURELY_THERE", -1)
+        monkeypatch.setattr(dialect, "do_ping", Mock(side_effect=error))
+    async with engine.connect() as one, engine.connect() as another:
+        assert not {await one.scalar(pid), await another.scalar(pid)} & set(pids)
+    await engine.dispose()
+
+
 class Silent(Announcer):
     """An announcer that remembers instead."""
 
@@ -152,9 +179,13 @@ def log(run_id: str, data: Any = None, event_type: str = "log") -> NewEvent:
     return NewEvent(run_id, event_type, data)
 
 
-async def test_events_that_come_during_a_write_are_written_together(db: AsyncEngine, run_id: str):
+def moving(run_id: str) -> NewEvent:
+    return NewEvent(run_id, "completed", None, RunStatus.COMPLETED)
+
+
+async def test_events_that_come_during_a_write_are_written_together(line: Line, run_id: str):
     announcer = Silent()
-    queue = Intake(db, announcer, Leaving())
+    queue = Intake(line, announcer, Leaving())
     outcomes = await asyncio.gather(*(queue.take(log(run_id, number)) for number in range(50)))
     assert all(isinstance(outcome, Recorded) for outcome in outcomes)
     # Nobody waits for company: all that were there at the start went together, in their order.
@@ -162,8 +193,8 @@ async def test_events_that_come_during_a_write_are_written_together(db: AsyncEng
     assert [event.data for event in announcer.announced[0]] == list(range(50))
 
 
-async def test_an_intake_that_closes_waits_for_what_is_expected(db: AsyncEngine, run_id: str):
-    queue = Intake(db, Silent(), Leaving())
+async def test_an_intake_that_closes_waits_for_what_is_expected(line: Line, run_id: str):
+    queue = Intake(line, Silent(), Leaving())
     asked, may_answer = asyncio.Event(), asyncio.Event()
 
     async def place_a_call() -> object:
@@ -179,9 +210,9 @@ async def test_an_intake_that_closes_waits_for_what_is_expected(db: AsyncEngine,
     assert isinstance(call.result(), Recorded)
 
 
-async def test_each_of_a_batch_gets_its_own_answer(db: AsyncEngine, run_id: str):
+async def test_each_of_a_batch_gets_its_own_answer(line: Line, run_id: str):
     key = uuid4()
-    queue = Intake(db, Silent(), Leaving())
+    queue = Intake(line, Silent(), Leaving())
     outcomes = await asyncio.gather(
         queue.take(NewEvent(run_id, "log", 1, dedupe_key=key)),
         queue.take(NewEvent("nobody", "log", 2)),
@@ -192,8 +223,8 @@ async def test_each_of_a_batch_gets_its_own_answer(db: AsyncEngine, run_id: str)
     assert [outcome.event.data for outcome in outcomes if isinstance(outcome, Recorded)] == [1, 4]
 
 
-async def test_one_bad_event_among_many_fails_alone(db: AsyncEngine, run_id: str):
-    queue = Intake(db, Silent(), Leaving())
+async def test_one_bad_event_among_many_fails_alone(db: AsyncEngine, line: Line, run_id: str):
+    queue = Intake(line, Silent(), Leaving())
     bad = log(run_id, event_type="x" * 256)  # no endpoint lets it through; the column does not either
     outcomes = await asyncio.gather(
         queue.take(log(run_id, 1)), queue.take(bad), queue.take(log(run_id, 2)), return_exceptions=True
@@ -205,37 +236,36 @@ async def test_one_bad_event_among_many_fails_alone(db: AsyncEngine, run_id: str
 
 async def test_an_absent_postgresql_fails_all_at_once():
     away = database.connect("postgresql://nobody@/nothing?host=/no/such/folder")
-    queue = Intake(away, Silent(), Leaving())
+    queue = Intake(Line(away), Silent(), Leaving())
     outcomes = await asyncio.gather(*(queue.take(log("r")) for _ in range(20)), return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {PostgresAway}
 
 
+@pytest.mark.parametrize(("way", "new"), [("append", log), ("write", moving)])
 async def test_an_error_that_nobody_foresaw_reaches_every_caller(
-    db: AsyncEngine, run_id: str, monkeypatch: pytest.MonkeyPatch
+    line: Line, run_id: str, monkeypatch: pytest.MonkeyPatch, way: str, new: Callable[[str], NewEvent]
 ):
     async def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(intake, "write", fail)
-    queue = Intake(db, Silent(), Leaving())
-    outcomes = await asyncio.gather(*(queue.take(log(run_id)) for _ in range(3)), return_exceptions=True)
+    monkeypatch.setattr(intake, way, fail)
+    queue = Intake(line, Silent(), Leaving())
+    outcomes = await asyncio.gather(*(queue.take(new(run_id)) for _ in range(3)), return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {ZeroDivisionError}
     monkeypatch.undo()
     assert isinstance(await queue.take(log(run_id)), Recorded)
 
 
-async def test_beyond_the_bound_callers_are_told_to_come_back(
-    db: AsyncEngine, run_id: str, monkeypatch: pytest.MonkeyPatch
-):
+async def test_beyond_the_bound_callers_are_told_to_come_back(line: Line, run_id: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(intake, "MAX_WAITING", 3)
-    queue = Intake(db, Silent(), Leaving())
+    queue = Intake(line, Silent(), Leaving())
     outcomes = await asyncio.gather(*(queue.take(log(run_id)) for _ in range(5)), return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [Recorded] * 3 + [Unavailable] * 2
     assert isinstance(await queue.take(log(run_id)), Recorded)
 
 
-async def test_a_caller_that_hangs_up_takes_nothing_away(db: AsyncEngine, run_id: str):
-    queue = Intake(db, Silent(), Leaving())
+async def test_a_caller_that_hangs_up_takes_nothing_away(db: AsyncEngine, line: Line, run_id: str):
+    queue = Intake(line, Silent(), Leaving())
     async with queue.running():
         impatient = asyncio.create_task(queue.take(log(run_id, 1)))
         patient = asyncio.create_task(queue.take(log(run_id, 2)))
@@ -245,31 +275,32 @@ async def test_a_caller_that_hangs_up_takes_nothing_away(db: AsyncEngine, run_id
     assert await rows_of(db, run_events, run_id) == 2
 
 
+@pytest.mark.parametrize(("way", "new"), [("append", log), ("write", moving)])
 async def test_what_is_written_together_is_written_in_nobody_s_name(
-    db: AsyncEngine, run_id: str, monkeypatch: pytest.MonkeyPatch
+    line: Line, run_id: str, monkeypatch: pytest.MonkeyPatch, way: str, new: Callable[[str], NewEvent]
 ):
     names: list[object] = []
-    genuine = ingest.write
+    genuine = getattr(intake, way)
 
     async def watched(*arguments: Any, **named: Any) -> Any:
         names.append(get_contextvars())
         return await genuine(*arguments, **named)
 
-    monkeypatch.setattr(intake, "write", watched)
+    monkeypatch.setattr(intake, way, watched)
     with bound_contextvars(request_id="of the one who came first"):
-        await Intake(db, Silent(), Leaving()).take(log(run_id))
+        await Intake(line, Silent(), Leaving()).take(new(run_id))
     assert names == [{}]
 
 
-async def test_who_waits_for_a_writer_that_is_stopped_is_told(db: AsyncEngine, monkeypatch: pytest.MonkeyPatch):
+async def test_who_waits_for_a_writer_that_is_stopped_is_told(line: Line, monkeypatch: pytest.MonkeyPatch):
     begun = asyncio.Event()
 
     async def never(*_: object, **__: object) -> None:
         begun.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(intake, "write", never)
-    queue = Intake(db, Silent(), Leaving())
+    monkeypatch.setattr(intake, "append", never)
+    queue = Intake(line, Silent(), Leaving())
     being_written = asyncio.create_task(queue.take(log("r")))
     await begun.wait()
     waits = asyncio.create_task(queue.take(log("r")))
@@ -281,8 +312,8 @@ async def test_who_waits_for_a_writer_that_is_stopped_is_told(db: AsyncEngine, m
     assert [type(each) for each in told] == [asyncio.CancelledError] * 2
 
 
-async def test_what_waits_is_written_before_the_service_leaves(db: AsyncEngine, run_id: str):
-    async with Intake(db, Silent(), Leaving()).running() as queue:
+async def test_what_waits_is_written_before_the_service_leaves(line: Line, run_id: str):
+    async with Intake(line, Silent(), Leaving()).running() as queue:
         waiting = [asyncio.create_task(queue.take(log(run_id, number))) for number in range(3)]
         await asyncio.sleep(0)
     assert all(isinstance(task.result(), Recorded) for task in waiting)

@@ -11,11 +11,14 @@ import pytest
 from fastapi import FastAPI, Request
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from starlette.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from structlog.contextvars import get_contextvars
 from structlog.testing import capture_logs
 
-from switchboard import edge, errors
+from switchboard import edge, errors, logs
+from switchboard.direct import Application, DirectRoute
+from switchboard.errors import Conflict, PostgresAway
 from switchboard.settings import Settings
 from tests.conftest import Servers, Service, new_key, running_service, serving, settings_for
 
@@ -242,6 +245,69 @@ async def test_routes_of_the_service_are_logged_by_their_templates(service: Serv
         ("info", "POST", "/api/webhooks/happyrobot", 200),
         ("info", "GET", "/api/events", 200),
     ]
+
+
+@pytest.mark.parametrize("given", ["15551234567", "a-b"])
+async def test_an_id_that_somebody_has_sent_is_searched_like_anything_else(
+    given: str, capsys: pytest.CaptureFixture[str]
+):
+    logs.configure(Settings(log_level="info"))
+    async with client(application()) as http:
+        await http.get("/api/things/1", headers={"X-Request-ID": given})
+        await http.get("/api/things/1")
+    await asyncio.sleep(0)  # when it is written
+    lines = [line for line in capsys.readouterr().err.splitlines() if "status" in line]
+    assert len(lines) == 2
+    assert (given in lines[0]) == (given == "a-b")
+
+
+# Direct routes.
+
+
+def direct(*, listed: bool) -> Application:
+    app = Application(settings := Settings(cors_origins=LISTED))
+    errors.install(app)
+    edge.install(app, settings)
+
+    async def answer(request: Request) -> Response:
+        match request.headers.get("do"):
+            case "refuse":
+                raise Conflict("not now", about="it")
+            case "break":
+                raise RuntimeError("what nobody should read")
+            case "wait":
+                raise PostgresAway("away")
+            case "hang up":
+                raise ClientDisconnect
+            case _:
+                return JSONResponse({"path": request.url.path, "bound": sorted(get_contextvars())})
+
+    route = DirectRoute("/api/direct", answer, methods=["POST"])
+    app.router.routes.append(route)
+    if listed:
+        app.add_direct(route)
+    return app
+
+
+@pytest.mark.parametrize("method", ["POST", "GET", "OPTIONS", "HEAD"])
+@pytest.mark.parametrize("do", ["answer", "refuse", "break", "wait", "hang up"])
+async def test_a_direct_route_answers_as_it_would_by_the_router(method: str, do: str):
+    answers = []
+    for listed in (True, False):
+        async with client(direct(listed=listed)) as http:
+            with capture_logs() as lines:
+                answer = await http.request(method, "/api/direct", headers={"do": do, "Origin": LISTED})
+        headers = {name: value for name, value in answer.headers.items() if name != "x-request-id"}
+        last = {name: value for name, value in lines[-1].items() if name != "ms"}
+        answers.append((answer.status_code, headers, answer.content, len(lines), last))
+    assert answers[0] == answers[1]
+
+
+async def test_it_is_found_at_once(monkeypatch: pytest.MonkeyPatch):
+    app = direct(listed=True)
+    monkeypatch.setattr(app, "router", None)
+    async with client(app) as http:
+        assert (await http.post("/api/direct")).status_code == 200
 
 
 # Other origins.

@@ -156,6 +156,58 @@ def test_it_can_be_configured_again_and_touches_no_other_handler(configured: Lin
     assert only(configured(lambda: log.warning("once"), **PRODUCTION))["event"] == "once"
 
 
+HARMLESS = logs.Harmless("request")
+
+
+@pytest.mark.parametrize("more", [PRODUCTION, {}])
+def test_a_harmless_line_is_like_any_other(configured: Lines, more: dict[str, Any]):
+    def say(event: str) -> None:
+        with structlog.contextvars.bound_contextvars(request_id="1"):
+            log.info(event, method="GET", status=200, ms=0.5)
+
+    def told(line: str) -> Any:
+        if not more:
+            return line.split(maxsplit=1)[1]
+        found = json.loads(line)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", found.pop("timestamp"))
+        return found
+
+    [short] = configured(lambda: say(HARMLESS), log_level="info", **more)
+    [usual] = configured(lambda: say("request"), log_level="info", **more)
+    assert told(short) == told(usual)
+
+
+def test_harmless_lines_of_one_moment_are_written_together_and_before_what_follows(
+    configured: Lines, monkeypatch: pytest.MonkeyPatch
+):
+    written: list[str] = []
+
+    async def say() -> None:
+        for number in range(3):
+            log.info(HARMLESS, number=number)
+        assert written == []
+        log.info("other")
+        log.info(HARMLESS, number=4)
+        await asyncio.sleep(0)
+
+    logs.configure(settings(log_level="info", **PRODUCTION))
+    monkeypatch.setattr(sys.stderr, "write", written.append)
+    asyncio.run(say())
+    assert [piece.count("\n") for piece in written] == [4, 1]
+    assert [json.loads(line).get("number") for line in "".join(written).splitlines()] == [0, 1, 2, None, 4]
+
+
+def test_what_was_kept_when_the_process_ends_is_written(configured: Lines):
+    async def say() -> None:
+        log.info(HARMLESS)
+
+    logs.configure(settings(log_level="info", **PRODUCTION))
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(say())
+    loop.close()
+    assert len(configured(logging.shutdown, log_level="info", **PRODUCTION)) == 1
+
+
 def test_pytest_sees_our_lines(configured: Lines, caplog: pytest.LogCaptureFixture):
     configured(lambda: log.warning("job waits", subject="run_1"))
     [record] = caplog.records

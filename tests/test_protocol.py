@@ -4,15 +4,17 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import socket
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from structlog.testing import capture_logs
 
 from switchboard import bodies, edge, errors, protocol
@@ -31,7 +33,31 @@ WAITS = b"GET /waits HTTP/1.1\r\nHost: h\r\n\r\n"
 CHUNKED = b"POST /body HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-def application(settings: Settings) -> FastAPI:
+class Raw(Response):
+    """An answer whose headers nobody looks at before the server does."""
+
+    def __init__(self, body: bytes, *headers: tuple[bytes, bytes], status: int = 200) -> None:
+        super().__init__(body, status)
+        self.raw_headers = [*headers]
+
+
+ANSWERS: dict[str, Callable[[], Response]] = {
+    "usual": lambda: Response("whole"),
+    "error": lambda: Response("whole", 418),
+    "without a length": lambda: Raw(b"whole"),
+    "too short": lambda: Raw(b"whole", (b"content-length", b"6")),
+    "too long": lambda: Raw(b"whole", (b"content-length", b"4")),
+    "two lengths": lambda: Raw(b"whole", (b"content-length", b"5"), (b"content-length", b"6")),
+    "closing": lambda: Response("whole", headers={"Connection": "close"}),
+    "nothing": lambda: Response(status_code=204),
+    "a line of its own": lambda: Raw(b"whole", (b"content-length", b"5"), (b"x", b"1\r\nx-more: 2")),
+    "a name of its own": lambda: Raw(b"whole", (b"content-length", b"5"), (b"x: 1\r\nx-more", b"2")),
+    "a part": lambda: StreamingResponse(iter([b"who", b"le"]), headers={"Content-Length": "5"}),
+}
+"""What an application may answer, well or badly."""
+
+
+def application(settings: Settings) -> FastAPI:  # noqa: C901  # one endpoint after the other
     """What a client can meet: an answer at once, in parts, or late; a body that is read, with a limit or not."""
 
     @contextlib.asynccontextmanager
@@ -60,6 +86,10 @@ def application(settings: Settings) -> FastAPI:
     async def waits(request: Request) -> str:
         await request.state.go_on.wait()
         return "waited"
+
+    @app.get("/answers/{what}")
+    async def answers(what: str) -> Response:
+        return ANSWERS[what]()
 
     @app.post("/body")
     async def body(request: Request) -> dict[str, Any]:
@@ -743,3 +773,74 @@ async def test_whatever_stops_the_server_tells_those_who_must_know():
         async with asyncio.timeout(10):
             await leaving.told()
         server.server.lifespan.state["go_on"].set()
+
+
+# Answers in one piece.
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What is given to the system to be sent, as it is given."""
+    sent: list[bytes] = []
+
+    class Watched:
+        def __init__(self, transport: asyncio.Transport) -> None:
+            self._transport = transport
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._transport, name)
+
+        def write(self, data: bytes) -> None:
+            sent.append(bytes(data))
+            self._transport.write(data)
+
+    made = BoundedProtocol.connection_made
+
+    def connection_made(self: BoundedProtocol, transport: asyncio.Transport) -> None:
+        made(self, Watched(transport))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(BoundedProtocol, "connection_made", connection_made)
+    return sent
+
+
+@pytest.mark.parametrize(("what", "status"), [("usual", 200), ("error", 418)])
+async def test_an_answer_leaves_in_one_piece(patient: Server, pieces: list[bytes], what: str, status: int):
+    async with patient.client() as client:
+        for _ in range(2):
+            await client.send(f"GET /answers/{what} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+            head = await client.reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(f"HTTP/1.1 {status} ".encode())
+            assert b"\r\ncontent-length: 5\r\n" in head
+            assert await client.reader.readexactly(5) == b"whole"
+    assert len(pieces) == 2
+
+
+async def _exchange(url: str, request: str) -> bytes:
+    async with connected(url) as client:
+        await client.send(f"{request}\r\nHost: h\r\n\r\n".encode())
+        await client.send(b"GET /answers/usual HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+        return await client.ended()
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("what", ANSWERS)
+async def test_otherwise_it_is_what_uvicorn_makes_of_it(patient: Server, method: str, version: str, what: str):
+    request = f"{method} /answers/{quote(what)} HTTP/{version}"
+    ours = await _exchange(patient.url, request)
+    settings = patient.state["settings"]
+    async with serving(lambda _: application(settings)) as (url, _):
+        theirs = await _exchange(url, request)
+
+    def without_what_differs(answer: bytes) -> bytes:
+        return re.sub(rb"(?m)^(x-request-id|date): [^\r]*\r\n", b"", answer)
+
+    assert without_what_differs(ours) == without_what_differs(theirs)
+    assert b"\r\nx-more: 2" not in ours
+
+
+@pytest.mark.parametrize(("size", "status"), [(BODY - 1, 200), (BODY, 413)])
+async def test_a_body_that_comes_with_its_head_is_bounded_like_any_other(patient: Server, size: int, status: int):
+    async with patient.client() as client:
+        await client.send(CHUNKED + b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"x" * size))
+        assert (await client.answer())[0] == status

@@ -18,7 +18,7 @@ from switchboard.events import Event, NewEvent, Scope
 from switchboard.live import stream
 from switchboard.live.channel import Channel
 from switchboard.live.hub import Hub
-from switchboard.live.messages import pack
+from switchboard.live.messages import Frame, pack
 from switchboard.runs.ingest import write
 from switchboard.sight import EVERYTHING
 from tests.conftest import Servers, insert_run, new_database
@@ -93,7 +93,7 @@ class World:
         async with self.db.begin() as conn:
             written = await write(conn, [NewEvent(self.runs[place], "log") for place in which])
         self.history += written.events
-        self.messages.append(pack(written.events))
+        self.messages.append(pack([Frame.of(event) for event in written.events]))
 
     async def roll_back(self, count: int) -> None:
         with contextlib.suppress(ZeroDivisionError):

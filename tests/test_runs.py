@@ -153,7 +153,35 @@ async def test_very_many_logs_are_cut_to_the_newest(service: Service, db: AsyncE
             {"run_id": run_id},
         )
     metadata = (await service.run(run_id))["metadata"]
+    earlier: str | None = metadata.pop("earlier_logs")
     assert metadata == {"logs": list(range(6, 1006)), "logs_truncated": True}
+    assert await logs_at(service, f"{earlier}&limit=2") == [1, 2, 3, 4, 5]
+
+
+async def logs_at(service: Service, url: str | None) -> list[Any]:
+    """The logs in a timeline, page by page."""
+    logs = []
+    while url:
+        page = await service.http.get(url)
+        page.raise_for_status()
+        logs += [event["data"] for event in page.json() if event["event_type"] == "log"]
+        url = page.links.get("next", {}).get("url")
+    return logs
+
+
+@pytest.mark.parametrize("name", ["a b", "€?x=1&y#", "%2F"])
+async def test_all_logs_are_found_whatever_the_run_is_called(
+    service: Service, db: AsyncEngine, context_id: str, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    monkeypatch.setattr(queries, "MAX_LOGS", 2)
+    run_id = f"{name}{uuid4().hex}"
+    async with db.begin() as conn:
+        await conn.execute(agent_runs.insert().values(run_id=run_id, context_id=context_id, status="RUNNING"))
+    for number in range(5):
+        await service.callback(run_id, "log", number)
+        await service.callback(run_id, "progress", number)
+    [run] = (await service.http.get(RUNS, params={"context_id": context_id})).json()
+    assert await logs_at(service, run["metadata"]["earlier_logs"]) + run["metadata"]["logs"] == [0, 1, 2, 3, 4]
 
 
 async def test_a_long_list_gives_fewer_logs_of_each_run(
@@ -165,7 +193,8 @@ async def test_a_long_list_gives_fewer_logs_of_each_run(
         for number in range(3):
             await service.callback(run_id, "log", number)
     runs = (await service.http.get(RUNS, params={"context_id": context_id})).json()
-    assert [run["metadata"] for run in runs] == [{"logs": [1, 2], "logs_truncated": True}] * 2
+    assert [run["metadata"]["logs_truncated"] for run in runs] == [True, True]
+    assert [run["metadata"]["logs"] for run in runs] == [[1, 2], [1, 2]]
     assert (await service.run(run_id))["metadata"] == {"logs": [0, 1, 2]}
 
 
@@ -216,10 +245,12 @@ async def test_very_large_logs_are_cut_by_their_size(
     monkeypatch.setattr(queries, "_LOG_BYTES", 250)
     for number in range(4):
         await service.callback(run_id, "log", str(number) * 100)
-    assert (await service.run(run_id))["metadata"] == {"logs": ["2" * 100, "3" * 100], "logs_truncated": True}
+    assert (await service.run(run_id))["metadata"]["logs"] == ["2" * 100, "3" * 100]
     await service.callback(run_id, "log", "x" * 1000)
     # The newest is shown, however large.
-    assert (await service.run(run_id))["metadata"] == {"logs": ["x" * 1000], "logs_truncated": True}
+    metadata = (await service.run(run_id))["metadata"]
+    assert (metadata["logs"], metadata["logs_truncated"]) == (["x" * 1000], True)
+    assert await logs_at(service, metadata["earlier_logs"]) == [str(number) * 100 for number in range(4)]
 
 
 async def test_the_timeline_of_a_silent_run_is_empty(service: Service, run_id: str):
@@ -256,6 +287,7 @@ async def test_an_unknown_run_is_not_found(service: Service, path: str):
         (f"{RUNS}/a%00b", None),
         (f"{RUNS}/a/events?after=-1", None),
         (f"{RUNS}/a/events?after=9223372036854775808", None),
+        (f"{RUNS}/a/events?up_to=-1", None),
         (f"{RUNS}/a/events?limit=0", None),
     ],
 )

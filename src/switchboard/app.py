@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from switchboard import __version__, callbacks, console, edge, errors, health, logs, reference, tracing
 from switchboard.access import routes as access
 from switchboard.deliveries import routes as deliveries
+from switchboard.direct import Application
 from switchboard.live import stream
 from switchboard.public import routes as public
 from switchboard.public.shapes import RATE_HEADERS
@@ -37,7 +38,8 @@ def create_app(
             with state["leaving"].with_server():
                 yield state
 
-    app = FastAPI(
+    app = Application(
+        settings,
         title="Switchboard",
         version=__version__,
         summary="The backend between an application and HappyRobot's voice agents.",
@@ -62,6 +64,7 @@ def create_app(
     app.include_router(reference.router)
     app.include_router(console.router)
     app.include_router(health.router)
+    app.add_direct(*callbacks.router.routes)
 
     document = app.openapi
 

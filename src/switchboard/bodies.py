@@ -65,6 +65,12 @@ async def read(request: Request) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) >= settings.max_body_size:
         raise too_large
+    if request.scope["state"].get("arrived", _not_yet)():
+        # With its head, as most do: there is nothing to wait for.
+        message = await request.receive()
+        if len(body := message.get("body", b"")) >= settings.max_body_size:
+            raise too_large
+        return bytes(body)
     raw = bytearray()
     try:
         async with asyncio.timeout(settings.request_timeout):
@@ -75,6 +81,10 @@ async def read(request: Request) -> bytes:
     except TimeoutError as error:
         raise RequestTimeout(f"The body must arrive within {settings.request_timeout:g} seconds") from error
     return bytes(raw)
+
+
+def _not_yet() -> bool:
+    return False
 
 
 def check(model: type[Model], value: Any) -> Model:

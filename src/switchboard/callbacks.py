@@ -3,18 +3,21 @@
 import contextlib
 import hmac
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter
 from pydantic import BaseModel, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from switchboard import bodies, metrics, tracing
-from switchboard.access.limits import CurrentFailures, address_of
+from switchboard.access.limits import Failures, address_of
+from switchboard.direct import DirectRoute
 from switchboard.errors import NotFound, Unauthorized, described
 from switchboard.happyrobot.payloads import CLOUD_EVENT, CallbackIn, read_callback
-from switchboard.runs.intake import CurrentIntake
+from switchboard.runs.intake import Intake
 from switchboard.runs.sorting import Duplicate, Held, Outcome
-from switchboard.settings import CurrentSettings
+from switchboard.settings import Settings
 
 router = APIRouter(tags=["callbacks"])
 
@@ -36,64 +39,46 @@ def _not_taken(outcome: str, kind: str = metrics.OTHER) -> Iterator[None]:
         raise
 
 
-async def _from_happyrobot(
-    request: Request,
-    settings: CurrentSettings,
-    failures: CurrentFailures,
-    x_api_key: Annotated[str, Header(description="`HAPPYROBOT_CALLBACK_KEY`, if one is set.")] = "",
-) -> None:
+async def _check_key(request: Request) -> None:
+    settings: Settings = request.state.settings
     expected = settings.callback_key
     if expected is None:
         return
+    given = request.headers.get("x-api-key", "")
     # Bytes, because compare_digest refuses text beyond ASCII.
-    if not hmac.compare_digest(x_api_key.encode(), expected.get_secret_value().encode()):
-        with _not_taken("refused"):
-            if x_api_key:
-                await failures.count(address_of(request))
-            raise Unauthorized("Unauthorized")
+    if not hmac.compare_digest(given.encode(), expected.get_secret_value().encode()):
+        if given:
+            failures: Failures = request.state.failures
+            await failures.count(address_of(request))
+        raise Unauthorized("Unauthorized")
 
 
-@router.post(
-    "/api/webhooks/happyrobot",
-    summary="Take a callback of HappyRobot",
-    responses=described(400, 401, 404, 408, 413, 429),
-    response_model_exclude_unset=True,
-    # The key is checked before a byte of the body is read.
-    dependencies=[Depends(_from_happyrobot)],
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": bodies.shown(CallbackIn),
-                "application/cloudevents+json": {
-                    "schema": {"type": "object", "required": ["specversion", "id", "type", "data"]},
-                    "example": CLOUD_EVENT,
-                },
-            },
-        }
-    },
-)
-async def receive(
-    request: Request,
-    intake: CurrentIntake,
-    x_webhook_id: Annotated[str | None, Header(description="The same for every copy of a callback.")] = None,
-) -> CallbackOut:
+def _header(name: str, description: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": description}
+
+
+async def receive(request: Request) -> Response:
     """Appends the event to its run's timeline and moves the run. Answered once that is committed.
 
     A callback of a run that is not known yet is answered 404 and kept: it is applied when the run becomes known.
     """
     with _not_taken("refused"):
+        # The key is checked before a byte of the body is read.
+        await _check_key(request)
         raw = await bodies.read(request)
-        event = read_callback(bodies.parse(raw), raw, x_webhook_id)
+        event = read_callback(bodies.parse(raw), raw, request.headers.get("x-webhook-id"))
+    intake: Intake = request.state.intake
     with _not_taken("failed", event.event_type):
-        outcome = await intake.take(event)
+        outcome = await intake.take(event, len(raw))
     metrics.count_callback(event.event_type, _in_a_word(outcome))
     if isinstance(outcome, Held):
         raise NotFound("Run not found")
     tracing.about(run_id=event.run_id)
-    if isinstance(outcome, Duplicate):
-        return CallbackOut(success=True, duplicate=True)
-    return CallbackOut(success=True)
+    return _DUPLICATE if isinstance(outcome, Duplicate) else _TAKEN
+
+
+_TAKEN = JSONResponse({"success": True})
+_DUPLICATE = JSONResponse({"success": True, "duplicate": True})
 
 
 def _in_a_word(outcome: Outcome) -> str:
@@ -104,3 +89,33 @@ def _in_a_word(outcome: Outcome) -> str:
             return "duplicate"
         case _:
             return "recorded"
+
+
+# Most of all requests are callbacks.
+router.routes.append(
+    DirectRoute(
+        "/api/webhooks/happyrobot",
+        receive,
+        methods=["POST"],
+        tags=["callbacks"],
+        summary="Take a callback of HappyRobot",
+        response_model=CallbackOut,
+        responses=described(400, 401, 404, 408, 413, 429),
+        openapi_extra={
+            "parameters": [
+                _header("X-API-KEY", "`HAPPYROBOT_CALLBACK_KEY`, if one is set."),
+                _header("X-Webhook-Id", "The same for every copy of a callback."),
+            ],
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "application/json": bodies.shown(CallbackIn),
+                    "application/cloudevents+json": {
+                        "schema": {"type": "object", "required": ["specversion", "id", "type", "data"]},
+                        "example": CLOUD_EVENT,
+                    },
+                },
+            },
+        },
+    )
+)

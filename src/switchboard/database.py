@@ -1,5 +1,8 @@
 """The connection to PostgreSQL."""
 
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -7,11 +10,13 @@ import asyncpg
 from fastapi import Depends
 from pydantic_core import from_json, to_json
 from sqlalchemy import QueuePool, event
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.exc import InvalidatePoolError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.requests import HTTPConnection
 
 from switchboard import metrics
-from switchboard.errors import PostgresAway
+from switchboard.errors import PASSING, PostgresAway
 
 # Parameters that libpq or Prisma know but asyncpg would send to the server as settings, which it refuses.
 _FOREIGN_PARAMETERS = frozenset(
@@ -69,19 +74,47 @@ def connect(url: str, *, pool_size: int = 10, statement_timeout: float | None = 
             # Not there, starting up, too many connections, a wrong password: to those who ask it is all the same.
             raise PostgresAway(f"PostgreSQL takes no connection ({type(error).__name__})") from error
 
-    return create_async_engine(
+    engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=open_connection,
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_timeout=5,
-        # PostgreSQL may have been restarted while a connection lay in the pool.
-        pool_pre_ping=True,
         # An error of a statement must not carry what somebody sent into a log.
         hide_parameters=True,
         json_serializer=_dump,
         json_deserializer=from_json,
     )
+    _see_whether_they_are_there(engine)
+    return engine
+
+
+_SURELY_THERE = 1.0
+"""Seconds for which a connection that was just used is taken to be there still."""
+
+
+def _see_whether_they_are_there(engine: AsyncEngine) -> None:
+    """Replaces connections that were cut while they lay in the pool: PostgreSQL may have been restarted.
+
+    Like SQLAlchemy's own `pool_pre_ping`, but for the question to PostgreSQL each time, which takes as long as a short
+    statement.
+    """
+    pooled = engine.sync_engine
+
+    @event.listens_for(pooled, "checkout")
+    def is_there(connection: Any, record: ConnectionPoolEntry, _: object) -> None:
+        if connection.driver_connection.is_closed():
+            raise InvalidatePoolError
+        used_at = record.info.get("used_at")
+        if used_at is not None and time.monotonic() - used_at > _SURELY_THERE:
+            try:
+                pooled.dialect.do_ping(connection)
+            except (pooled.dialect.loaded_dbapi.Error, OSError) as error:
+                raise InvalidatePoolError from error
+
+    @event.listens_for(pooled, "checkin")
+    def was_there(_: object, record: ConnectionPoolEntry) -> None:
+        record.info["used_at"] = time.monotonic()
 
 
 def measure(engine: AsyncEngine) -> None:
@@ -97,6 +130,78 @@ def measure(engine: AsyncEngine) -> None:
     def _(*_: object) -> None:
         # Just before it is back; what is more than the pool keeps is closed.
         metrics.note_pool(pool.checkedout() - 1, min(pool.checkedin() + 1, pool.size()))
+
+
+class Line:
+    """A connection that one user keeps, for one statement or transaction at a time.
+
+    To take one from the pool, to ask whether it is still there and to bring it back cost more than a short statement.
+    """
+
+    def __init__(self, db: AsyncEngine) -> None:
+        self._db = db
+        self._conn: AsyncConnection | None = None
+        self._driver: Any = None
+        self._used_at = 0.0
+
+    async def fetch(self, query: str, *arguments: object) -> Sequence[Any]:
+        """Rows of a statement that is a transaction of its own; it is committed when they are there.
+
+        Raises PostgresAway and TimeoutError, and what asyncpg raises when the statement itself cannot be done.
+        """
+        await self._connect()
+        try:
+            rows: Sequence[Any] = await self._driver.fetch(query, *arguments)
+        except asyncpg.PostgresError as error:
+            await self.hang_up()
+            if error.sqlstate in PASSING or isinstance(error, asyncpg.PostgresConnectionError):
+                raise PostgresAway(f"PostgreSQL does not do it now ({type(error).__name__})") from error
+            raise
+        except (OSError, asyncpg.InterfaceError) as error:
+            await self.hang_up()
+            raise PostgresAway(f"PostgreSQL is away ({type(error).__name__})") from error
+        except BaseException:
+            await self.hang_up()
+            raise
+        self._used_at = time.monotonic()
+        return rows
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction, committed at the end of the block unless it raises."""
+        await self._connect()
+        assert self._conn is not None  # noqa: S101  # for the type checker
+        try:
+            async with self._conn.begin():
+                yield self._conn
+        except BaseException:
+            await self.hang_up()
+            raise
+        self._used_at = time.monotonic()
+
+    async def hang_up(self) -> None:
+        """Brings the connection back; the next statement takes another."""
+        conn, self._conn, self._driver = self._conn, None, None
+        if conn is not None:
+            with suppress(Exception):
+                await conn.close()
+
+    async def _connect(self) -> None:
+        if self._conn is not None and not await self._is_there():
+            await self.hang_up()
+        if self._conn is None:
+            self._conn = await self._db.connect()
+            self._driver = (await self._conn.get_raw_connection()).driver_connection
+
+    async def _is_there(self) -> bool:
+        if self._driver.is_closed():
+            return False
+        if time.monotonic() - self._used_at > _SURELY_THERE:
+            try:
+                await self._driver.fetchrow(";")
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                return False
+        return True
 
 
 async def _db(connection: HTTPConnection) -> AsyncEngine:

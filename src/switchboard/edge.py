@@ -6,26 +6,31 @@ of the routes, so that a 404, a 405 or a preflight is no exception.
 """
 
 import asyncio
+import random
 import re
 import time
+from collections.abc import Iterable
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from uuid import uuid4
 
 import structlog
 from fastapi import FastAPI
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from structlog.contextvars import bound_contextvars, clear_contextvars
+from structlog.contextvars import bind_contextvars, clear_contextvars, reset_contextvars
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from switchboard import errors, metrics
+from switchboard.logs import Harmless
 from switchboard.settings import Settings
 
 log = structlog.stdlib.get_logger(__name__)
 
 REQUEST_ID = "X-Request-ID"
+_REQUEST_ID = REQUEST_ID.lower().encode()
 
 _NOTHING_ELSE = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
@@ -51,7 +56,7 @@ _METHODS = ("GET", "POST", "DELETE")
 _ACCEPTED = ("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", REQUEST_ID)
 _EXPOSED = ("Link", "Retry-After", REQUEST_ID, "X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
 
-_GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_GOOD_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 _ASKED_ALL_THE_TIME = frozenset({"/healthz", "/readyz", "/metrics"})
 """Routes whose requests are no news."""
@@ -71,19 +76,34 @@ def usual_headers(settings: Settings) -> dict[str, str]:
 
 
 def install(app: FastAPI, settings: Settings) -> None:
-    """Puts the edge around an application."""
-    # Each goes around those before it.
-    app.add_middleware(Unexpected)
+    """Puts the edge around all that an application routes."""
+    for layer in _layers(settings):
+        app.add_middleware(layer.cls, *layer.args, **layer.kwargs)
+
+
+def around(app: ASGIApp, settings: Settings) -> ASGIApp:
+    """The same edge around something else."""
+    for layer in _layers(settings):
+        app = layer.cls(app, *layer.args, **layer.kwargs)
+    return app
+
+
+def _layers(settings: Settings) -> list[Middleware]:
+    """Each goes around those before it."""
+    layers = [Middleware(Unexpected)]
     if settings.cors_origins:
-        app.add_middleware(
-            CrossOrigin,
-            allow_origins=settings.cors_origins,
-            allow_methods=_METHODS,
-            allow_headers=_ACCEPTED,
-            expose_headers=_EXPOSED,
+        layers.append(
+            Middleware(
+                CrossOrigin,
+                allow_origins=settings.cors_origins,
+                allow_methods=_METHODS,
+                allow_headers=_ACCEPTED,
+                expose_headers=_EXPOSED,
+            )
         )
-    app.add_middleware(Edge, headers=usual_headers(settings))
-    app.add_middleware(Forwarded, proxies=settings.trusted_proxies)
+    layers.append(Middleware(Edge, headers=usual_headers(settings)))
+    layers.append(Middleware(Forwarded, proxies=settings.trusted_proxies))
+    return layers
 
 
 class Forwarded:
@@ -99,7 +119,10 @@ class Forwarded:
             return
         # An IPv4 peer of a socket that listens on IPv6 looks like ::ffff:10.0.0.1, which is in no IPv4 network.
         scope["client"] = scope["peer"] = _plain(scope["client"]) or scope["client"]
-        await self._believing(scope, receive, send)  # type: ignore[arg-type]
+        if any(name.startswith(b"x-forwarded-") for name, _ in scope["headers"]):
+            await self._believing(scope, receive, send)  # type: ignore[arg-type]
+        else:
+            await self._app(scope, receive, send)
 
     async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Uvicorn takes whatever stands in the header for an address; what is none would count as one more caller. And
@@ -119,6 +142,7 @@ def ip(host: str) -> IPv4Address | IPv6Address | None:
     return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
 
 
+@lru_cache(1000)
 def is_here(host: str) -> bool:
     """Whether this is an address of this machine alone."""
     address = ip(host)
@@ -127,8 +151,17 @@ def is_here(host: str) -> bool:
 
 def _plain(client: tuple[str, int] | None) -> tuple[str, int] | None:
     """The one way to write an address; nothing if it is none."""
-    address = ip(client[0]) if client else None
-    return (str(address), client[1]) if client and address else None
+    host = _host(client[0]) if client else None
+    return (host, client[1]) if client and host else None
+
+
+@lru_cache(1000)
+def _host(host: str) -> str | None:
+    address = ip(host)
+    return None if address is None else str(address)
+
+
+_REQUEST = Harmless("request")
 
 
 class Edge:
@@ -136,14 +169,16 @@ class Edge:
 
     def __init__(self, app: ASGIApp, *, headers: dict[str, str]) -> None:
         self._app = app
-        self._headers = headers
+        self._usual = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        self._usual_in_api = [*self._usual, (b"cache-control", b"no-store")]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        request_id = _request_id(scope)
+        given = _given_id(scope)
+        request_id = given or f"{random.getrandbits(128):032x}"  # it tells requests apart, and guards nothing
         status: int | None = None
         is_stream = False
 
@@ -151,35 +186,49 @@ class Edge:
             nonlocal status, is_stream
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                is_stream = headers.get("content-type", "").startswith("text/event-stream")
-                self._complete(headers, scope, request_id)
+                # Not changed in place: an answer may be given more than once.
+                headers = message["headers"] = self._completed(message.get("headers", ()), scope, request_id)
+                is_stream = any(
+                    name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers
+                )
             await send(message)
 
         # A request that waited behind another one begins in its context.
         clear_contextvars()
-        with bound_contextvars(request_id=request_id):
-            try:
-                await self._app(scope, receive, answer)
-            finally:
-                took = time.perf_counter() - began
-                route = _route(scope)
-                metrics.count_request(scope["method"], route, status, None if is_stream else took)
-                note = log.debug if route in _ASKED_ALL_THE_TIME else log.info
-                note("request", method=scope["method"], route=route, status=status, ms=round(took * 1000, 1))
+        bound = bind_contextvars(request_id=request_id)
+        try:
+            await self._app(scope, receive, answer)
+        finally:
+            took = time.perf_counter() - began
+            route = _route(scope)
+            metrics.count_request(scope["method"], route, status, None if is_stream else took)
+            note = log.debug if route in _ASKED_ALL_THE_TIME else log.info
+            # An id that somebody has sent may be anything, such as a phone number.
+            what = "request" if given else _REQUEST
+            note(what, method=scope["method"], route=route, status=status, ms=round(took * 1000, 1))
+            reset_contextvars(**bound)
 
-    def _complete(self, headers: MutableHeaders, scope: Scope, request_id: str) -> None:
-        headers.update(scope.get("state", {}).get(_HEADERS, {}))
-        for name, value in self._headers.items():
-            headers.setdefault(name, value)
-        if scope["path"].startswith("/api/"):
-            headers.setdefault("Cache-Control", "no-store")
-        headers[REQUEST_ID] = request_id
+    def _completed(
+        self, headers: Iterable[tuple[bytes, bytes]], scope: Scope, request_id: str
+    ) -> list[tuple[bytes, bytes]]:
+        completed = list(headers)
+        if added := scope.get("state", {}).get(_HEADERS):
+            new = [(name.lower().encode(), value.encode()) for name, value in added.items()]
+            replaced = {name for name, _ in new}
+            completed = [pair for pair in completed if pair[0] not in replaced] + new
+        there = {name for name, _ in completed}
+        usual = self._usual_in_api if scope["path"].startswith("/api/") else self._usual
+        completed += [pair for pair in usual if pair[0] not in there]
+        completed.append((_REQUEST_ID, request_id.encode()))
+        return completed
 
 
-def _request_id(scope: Scope) -> str:
-    given = Headers(scope=scope).get(REQUEST_ID, "")
-    return given if _GOOD_ID.fullmatch(given) else uuid4().hex
+def _given_id(scope: Scope) -> str | None:
+    """The id that a request brings along, if it can do no harm."""
+    for name, value in scope["headers"]:
+        if name == _REQUEST_ID:
+            return value.decode() if _GOOD_ID.fullmatch(value) else None
+    return None
 
 
 def _route(scope: Scope) -> str:

@@ -186,7 +186,7 @@ class PostgresAway(ConnectionError):
 
 # What PostgreSQL says when it is not the statement's fault: shutting down or crashed, starting up, too many
 # connections, a deadlock, a lock or a statement that took too long, a session that was ended.
-_PASSING = frozenset({"40P01", "57P01", "57P02", "57P03", "53300", "55P03", "57014", "25P03", "25P04"})
+PASSING = frozenset({"40P01", "57P01", "57P02", "57P03", "53300", "55P03", "57014", "25P03", "25P04"})
 
 
 def postgres_is_away(error: Exception) -> bool:
@@ -198,38 +198,45 @@ def postgres_is_away(error: Exception) -> bool:
 
 def will_pass(error: Exception) -> bool:
     """Whether the same request may well succeed a moment later."""
-    return postgres_is_away(error) or getattr(getattr(error, "orig", None), "sqlstate", None) in _PASSING
+    return postgres_is_away(error) or getattr(getattr(error, "orig", None), "sqlstate", None) in PASSING
 
 
 def install(app: FastAPI) -> None:
     """Renders every error in the shape of the endpoint that it comes from."""
 
-    def answered(request: Request, *what: Any, **fields: Any) -> Response:
-        return answer(request.url.path, *what, **fields)
+    async def handle(request: Request, error: Exception) -> Response:
+        return rendered(request.url.path, error)
 
-    @app.exception_handler(SwitchboardError)
-    async def _(request: Request, error: SwitchboardError) -> Response:
-        return answered(request, error.status_code, error.message, error.headers, **error.fields)
+    for kind in _RENDERED:
+        app.add_exception_handler(kind, handle)
 
-    @app.exception_handler(RequestValidationError)
-    async def _(request: Request, error: RequestValidationError) -> Response:
-        return answered(request, 400, complaint(error.errors(), skip=1))  # "query", "path"
 
-    @app.exception_handler(HTTPException)
-    async def _(request: Request, error: HTTPException) -> Response:
-        return answered(request, error.status_code, error.detail, error.headers)
+_RENDERED = (
+    SwitchboardError,
+    RequestValidationError,
+    HTTPException,
+    DBAPIError,
+    PoolTimeout,
+    PostgresAway,
+    TimeoutError,
+    ClientDisconnect,
+)
 
-    @app.exception_handler(DBAPIError)
-    @app.exception_handler(PoolTimeout)
-    @app.exception_handler(PostgresAway)
-    @app.exception_handler(TimeoutError)
-    async def _(request: Request, error: Exception) -> Response:
-        if not will_pass(error):
+
+def rendered(path: str, error: Exception) -> Response:
+    """An error in the shape of the endpoint that it comes from. Raises one that nobody expected."""
+    match error:
+        case SwitchboardError():
+            return answer(path, error.status_code, error.message, error.headers, **error.fields)
+        case RequestValidationError():
+            return answer(path, 400, complaint(error.errors(), skip=1))  # "query", "path"
+        case HTTPException():
+            return answer(path, error.status_code, error.detail, error.headers)
+        case ClientDisconnect():
+            # Hung up in the middle of its body: nobody is there to read this.
+            return answer(path, 400, "The body is incomplete")
+        case _ if isinstance(error, _RENDERED) and will_pass(error):
+            log.warning("PostgreSQL is away or busy", error=error)
+            return answer(path, 503, "Database unavailable")
+        case _:
             raise error
-        log.warning("PostgreSQL is away or busy", error=error)
-        return answered(request, 503, "Database unavailable")
-
-    @app.exception_handler(ClientDisconnect)
-    async def _(request: Request, __: ClientDisconnect) -> Response:
-        # Hung up in the middle of its body: nobody is there to read this.
-        return answered(request, 400, "The body is incomplete")

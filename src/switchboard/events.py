@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PrivateAttr, WithJsonSchema
-from pydantic_core import to_json
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic_core import from_json, to_json
 from sqlalchemy import Row, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -69,11 +69,10 @@ class NewEvent:
     """The same for every copy of this event; None when copies cannot be told apart."""
 
 
-class Event(BaseModel):
+class EventOut(BaseModel):
     """One thing that happened to a run. `run_id`, `event_type` and `data` are the guide's."""
 
     model_config = ConfigDict(
-        frozen=True,
         json_schema_extra={
             "examples": [
                 {
@@ -98,32 +97,62 @@ class Event(BaseModel):
     status: RunStatus = Field(description="The run's status once this had happened.")
     timestamp: Timestamp = Field(description="When it happened, or when we learnt of it.")
     data: Any = Field(examples=[{"message": "Blue Mesa Freight has answered"}])
-    _written_at: float | None = PrivateAttr(None)
 
-    @property
-    def written_at(self) -> float | None:
-        """When its row was written, in seconds since 1970, if it comes from one; for us alone."""
-        return self._written_at
+
+@dataclass(slots=True)
+class Event:
+    """One thing that happened to a run, as it is stored. `encode` writes it as an `EventOut`."""
+
+    id: int
+    run_id: str
+    context_id: str
+    workflow_id: str
+    event_type: str
+    status: RunStatus
+    timestamp: datetime
+    data: Any
+    written_at: float | None = None
+    """When its row was written, in seconds since 1970, if that is known; for us alone."""
 
     @classmethod
     def of(cls, row: Row[Any]) -> "Event":
         """The event in a row of `run_events`."""
-        event = cls.model_construct(
-            id=row.id,
-            run_id=row.run_id,
-            context_id=row.context_id,
-            workflow_id=row.workflow_id,
-            event_type=row.event_type,
-            status=RunStatus(row.status),
-            timestamp=row.occurred_at or row.created_at,
-            data=row.data,
+        return cls(
+            row.id,
+            row.run_id,
+            row.context_id,
+            row.workflow_id,
+            row.event_type,
+            RunStatus(row.status),
+            row.occurred_at or row.created_at,
+            row.data,
+            row.created_at.timestamp(),
         )
-        event._written_at = row.created_at.timestamp()  # noqa: SLF001  # it is one of these
-        return event
 
     def encode(self) -> bytes:
         """The event as one line of JSON."""
-        return to_json(self)
+        return to_json(
+            {
+                "id": self.id,
+                "run_id": self.run_id,
+                "context_id": self.context_id,
+                "workflow_id": self.workflow_id,
+                "event_type": self.event_type,
+                "status": self.status,
+                "timestamp": iso(self.timestamp),
+                "data": self.data,
+            }
+        )
+
+    @classmethod
+    def decode(cls, line: bytes) -> "Event":
+        """Reads what `encode` wrote. Raises ValueError for anything else."""
+        try:
+            fields = from_json(line)
+            status, timestamp = RunStatus(fields["status"]), datetime.fromisoformat(fields["timestamp"])
+            return cls(**{**fields, "status": status, "timestamp": timestamp})
+        except (TypeError, KeyError) as error:
+            raise ValueError("not an event") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from prometheus_client import (
@@ -145,13 +146,19 @@ _CALLBACK_TYPES = frozenset(
 def count_request(method: str, route: str, status: int | None, seconds: float | None) -> None:
     """Counts a request; `seconds` is None for one whose length says nothing."""
     method = method if method in _METHODS else OTHER
-    _requests.labels(method, route, status or "none").inc()
+    _requests_of(method, route, status or "none").inc()
     if seconds is not None:
-        _request_seconds.labels(method, route).observe(seconds)
+        _request_seconds_of(method, route).observe(seconds)
 
 
 def count_callback(kind: str, outcome: str) -> None:
-    _callbacks.labels(kind if kind in _CALLBACK_TYPES else OTHER, outcome).inc()
+    _callbacks_of(kind if kind in _CALLBACK_TYPES else OTHER, outcome).inc()
+
+
+# There are so many of them as there are words for their labels, and looking them up costs more than counting.
+_requests_of = cache(_requests.labels)
+_request_seconds_of = cache(_request_seconds.labels)
+_callbacks_of = cache(_callbacks.labels)
 
 
 def note_sent(written_at: float | None) -> None:

@@ -8,6 +8,7 @@ and its line in the log are given here, too.
 import asyncio
 import contextlib
 import fcntl
+import re
 import struct
 import termios
 from http import HTTPStatus
@@ -17,7 +18,7 @@ from uuid import uuid4
 import httptools
 import structlog
 from starlette.responses import JSONResponse
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from switchboard import edge
 from switchboard.leaving import GOODBYE, Leaving
@@ -41,6 +42,71 @@ class TooLarge(Exception):
         self.status = status
 
 
+class _Cycle(RequestResponseCycle):
+    """A request and its answer, which leaves in one piece if that is how it comes.
+
+    Uvicorn writes the head by itself, which is one more packet and one more call of the system for each answer.
+    """
+
+    _head: Any = None
+
+    def has_arrived(self) -> bool:
+        """Whether all of the body is there, and none of it has been asked for."""
+        return not (self.more_body or self.disconnected or self.response_complete)
+
+    async def pass_on(self, part: bytes) -> None:
+        """Sends more of an answer that has begun without a length, past everything that has been put around `send`."""
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if not self.disconnected:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+
+    async def send(self, message: Any) -> None:
+        if self._head is None and not self.response_started and message["type"] == "http.response.start":
+            self._head = message
+            return
+        head, self._head = self._head, None
+        if head is not None and not (self._is_plain(head, message) and self._send_whole(head, message["body"])):
+            await super().send(head)
+            head = None
+        if head is None:
+            await super().send(message)
+
+    def _is_plain(self, head: Any, message: Any) -> bool:
+        return (
+            message["type"] == "http.response.body"
+            and not message.get("more_body", False)
+            and self.keep_alive
+            and not (self.flow.write_paused or self.disconnected)
+            and self.scope["method"] in _WITH_BODIES
+            and head["status"] in _STATUS_WITH_BODIES
+        )
+
+    def _send_whole(self, head: Any, body: bytes) -> bool:
+        """Sends an answer to its end; False for one that uvicorn should rather look at."""
+        headers = [*self.default_headers, *head["headers"]]
+        lengths = [value for name, value in headers if name == b"content-length"]
+        if lengths != [b"%d" % len(body)] or any(name in _OF_THE_CONNECTION for name, _ in headers):
+            return False
+        lines = [name + b": " + value for name, value in headers]
+        if _BREAKS.search(b"".join(lines)) is not None:
+            return False
+        self.response_started = True
+        self.waiting_for_100_continue = False
+        self.transport.write(b"\r\n".join([STATUS_LINE[head["status"]][:-2], *lines, b"", body]))
+        self.response_complete = True
+        self.message_event.set()
+        self.on_response()
+        return True
+
+
+_WITH_BODIES = frozenset({"GET", "POST", "DELETE"})
+_STATUS_WITH_BODIES = frozenset(range(200, 600)) - {204, 304}
+_OF_THE_CONNECTION = frozenset({b"connection", b"transfer-encoding"})
+_BREAKS = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+"""What is in no header, or would end it."""
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. The limits are those of the application's settings, which the lifespan has left in its state."""
 
@@ -51,6 +117,7 @@ class BoundedProtocol(HttpToolsProtocol):
         # What has to arrive in time, and what has to be read.
         self._clock: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
+        self._head_size = 0
         # Whether a message has begun to arrive, and whether it has come to its body.
         self._begun = self._in_body = False
         # Bytes since the last that were of use: since a head, a part of a body or a message was complete.
@@ -118,6 +185,9 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._pending > self._settings.max_header_size and not self._deaf:
             # A line without an end, a trailer, the extension of a chunk: the parser would take them for ever.
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        elif self._begun and not (self._in_body or self._answering or self._deaf) and self._clock is None:
+            # Half a head: most come whole, and are not waited for.
+            self._start_clock()
 
     def _feed_as_if_it_had_not_asked(self, rest: bytes) -> None:
         """Makes a plain request of one that would rather speak another protocol: the parser has skipped its body."""
@@ -148,24 +218,29 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._begun = True
+        self._head_size = 0
         self._unset_keepalive_if_required()
-        if not self._answering and self._clock is None:
-            self._start_clock()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         # Not the trailers: uvicorn would add them to the headers of a request that is being answered, where they
         # could pass for those of a proxy.
         if not self._in_body:
+            self._head_size += len(name) + len(value) + 4  # with its colon and line end
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        # Counted again, because a head may begin and end in the midst of pieces; each with its colon and line end.
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > self._settings.max_header_size:
+        # Counted again, because a head may begin and end in the midst of pieces.
+        if len(self.url) + self._head_size > self._settings.max_header_size:
             raise TooLarge(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         self._pending = self._body_size = 0
         self._stop_clock()
+        before = self.cycle
         super().on_headers_complete()
+        if (cycle := self.cycle) is not before:
+            # Uvicorn has no place where one could say which class it is to be.
+            cycle.__class__ = _Cycle
+            self.scope["state"]["arrived"] = cycle.has_arrived  # type: ignore[attr-defined]
+            self.scope["state"]["pass_on"] = cycle.pass_on  # type: ignore[attr-defined]
         self._in_body = True
 
     def on_body(self, body: bytes) -> None:

@@ -92,9 +92,11 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
         hub = await stack.enter_async_context(Hub(db, redis(Retry(NoBackoff(), 0), None), channel).running())
         stack.enter_context(leaving.telling(hub.close))
         announcer = await stack.enter_async_context(
-            Announcer(redis(once_more, 2), channel, hub.look, leaving).running()
+            Announcer(redis(once_more, 2), channel, hub.look, leaving, hub.take).running()
         )
-        intake = Intake(db, announcer, leaving, reconcile_after=settings.reconcile_after)
+        line = database.Line(db)
+        stack.push_async_callback(line.hang_up)
+        intake = Intake(line, announcer, leaving, reconcile_after=settings.reconcile_after)
         await stack.enter_async_context(intake.running())
         # Above what takes in their answers, so that they close first.
         take_in = listener(db, intake, keeps=not happyrobot.reads_v2)

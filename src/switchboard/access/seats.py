@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,6 +37,8 @@ _ROOM_AGAIN = 10.0
 class _Seat:
     key: ApiKey | None
     leave: Callable[[], None]
+    bell: asyncio.TimerHandle | None
+    """Rings when the caller's time is over."""
 
     def is_good(self, good: AbstractSet[UUID | bytes]) -> bool:
         """Whether its key is among those, and still that which was brought for it."""
@@ -79,22 +81,28 @@ class Seats:
             if self._counts[address] >= self._per_address:
                 raise TooMany("Too many open streams to this address", retry_after=_ROOM_AGAIN)
             counted.append(address)
-        with contextlib.ExitStack() as stack:
-            seat = _Seat(caller.key, leave)
-            self._taken.add(seat)
-            stack.callback(self._taken.discard, seat)
-            for name in counted:
-                self._counts[name] += 1
-                stack.callback(self._count_down, name)
-            if caller.expires_at is not None:
-                left = (caller.expires_at - datetime.now(UTC)).total_seconds()
-                stack.callback(asyncio.get_running_loop().call_later(max(left, 0), leave).cancel)
+        seat = _Seat(caller.key, leave, self._bell(caller, leave))
+        self._taken.add(seat)
+        self._counts.update(counted)
+        try:
             yield
+        finally:
+            self._give_back(seat, counted)
 
-    def _count_down(self, name: UUID | str) -> None:
-        self._counts[name] -= 1
-        if not self._counts[name]:
-            del self._counts[name]
+    def _bell(self, caller: Caller, leave: Callable[[], None]) -> asyncio.TimerHandle | None:
+        if caller.expires_at is None:
+            return None
+        left = (caller.expires_at - datetime.now(UTC)).total_seconds()
+        return asyncio.get_running_loop().call_later(max(left, 0), leave)
+
+    def _give_back(self, seat: _Seat, counted: Iterable[UUID | str]) -> None:
+        self._taken.discard(seat)
+        if seat.bell is not None:
+            seat.bell.cancel()
+        for name in counted:
+            self._counts[name] -= 1
+            if not self._counts[name]:
+                del self._counts[name]
 
     async def _look(self) -> None:
         while True:

@@ -190,12 +190,8 @@ def read_callback(body: Any, raw: bytes, webhook_id: str | None) -> NewEvent:
     timestamp: without one, two equal bodies may well be two events.
     """
     if isinstance(body, dict) and "specversion" in body:
-        event = _read_cloud_event(check(_CloudEvent, body), body["data"])
-    else:
-        event = _read_guide_callback(check(CallbackIn, body), raw)
-    if webhook_id:
-        return replace(event, dedupe_key=_key(event.run_id, "webhook", webhook_id))
-    return event
+        return _read_cloud_event(check(_CloudEvent, body), body["data"], webhook_id)
+    return _read_guide_callback(check(CallbackIn, body), raw, webhook_id)
 
 
 _SESSION_CHANGED = "session.status_changed"
@@ -203,7 +199,7 @@ _SESSION_UNDER_WAY = "in-progress"
 _SESSION_ENDS = frozenset({"completed", "busy", "missed", "voicemail", "canceled", "failed"})
 
 
-def _read_cloud_event(event: _CloudEvent, data: Any) -> NewEvent:
+def _read_cloud_event(event: _CloudEvent, data: Any, webhook_id: str | None) -> NewEvent:
     run_id = event.data.run_id
     word = event.data.session_status if event.type == _SESSION_CHANGED else None
     found = NewEvent(
@@ -214,12 +210,19 @@ def _read_cloud_event(event: _CloudEvent, data: Any) -> NewEvent:
         # A run can have several sessions: the end of one is no more than a reason to ask.
         session_ended=isinstance(word, str) and word in _SESSION_ENDS,
         occurred_at=moment(event.time),
-        dedupe_key=_key(run_id, "cloudevent", event.source, event.id),
+        dedupe_key=_key(run_id, "webhook", webhook_id)
+        if webhook_id
+        else _key(run_id, "cloudevent", event.source, event.id),
     )
     return _without_resume_url(found)
 
 
-def _read_guide_callback(callback: CallbackIn, raw: bytes) -> NewEvent:
+def _read_guide_callback(callback: CallbackIn, raw: bytes, webhook_id: str | None) -> NewEvent:
+    key = None
+    if webhook_id:
+        key = _key(callback.run_id, "webhook", webhook_id)
+    elif _tells_copies_apart(callback.timestamp):
+        key = _key(callback.run_id, "body", raw)
     event = NewEvent(
         callback.run_id,
         callback.event_type,
@@ -228,7 +231,7 @@ def _read_guide_callback(callback: CallbackIn, raw: bytes) -> NewEvent:
         outcome=callback.data,
         occurred_at=moment(callback.timestamp),
         execution_id=callback.execution_id,
-        dedupe_key=_key(callback.run_id, "body", raw) if _tells_copies_apart(callback.timestamp) else None,
+        dedupe_key=key,
     )
     return _without_resume_url(event, callback.resume_url)
 

@@ -13,7 +13,7 @@ from switchboard import metrics
 from switchboard.events import Event
 from switchboard.leaving import LAST_WORDS, Leaving
 from switchboard.live.channel import Channel
-from switchboard.live.messages import pack
+from switchboard.live.messages import Frame, pack
 from switchboard.tasks import end
 
 log = structlog.stdlib.get_logger(__name__)
@@ -28,16 +28,25 @@ _MAX_MESSAGE = 500
 class Announcer:
     """Publishes committed events in the background, so that a slow or absent Redis delays no answer.
 
-    What cannot be published is dropped: PostgreSQL has it, and readers notice the gap in the ids. `on_failure` is
-    called then, so that this process's own readers need not wait for their next look.
+    This process's own hub is handed them at once. What cannot be published is dropped: PostgreSQL has it, and readers
+    notice the gap in the ids. `on_failure` is called then, so that this process's own readers need not wait for their
+    next look.
     """
 
-    def __init__(self, redis: Redis, channel: Channel, on_failure: Callable[[], None], leaving: Leaving) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        channel: Channel,
+        on_failure: Callable[[], None],
+        leaving: Leaving,
+        hand_over: Callable[[Sequence[Frame]], None] = lambda _: None,
+    ) -> None:
         self._redis = redis
         self._channel = channel
         self._on_failure = on_failure
         self._leaving = leaving
-        self._waiting: deque[Event] = deque(maxlen=_MAX_WAITING)
+        self._hand_over = hand_over
+        self._waiting: deque[Frame] = deque(maxlen=_MAX_WAITING)
         self._news = asyncio.Event()
         self._healthy = True
         self._stopping = False
@@ -45,8 +54,14 @@ class Announcer:
     def announce(self, events: Sequence[Event]) -> None:
         """Queues events for publication; returns at once. Call it after the commit, never before."""
         if events:
-            self._waiting.extend(events)
-            self._news.set()
+            # A moment later: first those are answered who brought the news, and whatever goes wrong is not their fault.
+            asyncio.get_running_loop().call_soon(self._tell, events)
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        frames = [Frame.of(event) for event in events]
+        self._waiting.extend(frames)
+        self._news.set()
+        self._hand_over(frames)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:

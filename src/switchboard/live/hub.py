@@ -2,8 +2,7 @@
 
 import asyncio
 import contextlib
-from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Self
 
 import structlog
@@ -18,7 +17,8 @@ from starlette.requests import HTTPConnection
 
 from switchboard.events import Scope, read_events
 from switchboard.live.channel import Channel
-from switchboard.live.messages import Frame, unpack
+from switchboard.live.followers import Follower, Followers
+from switchboard.live.messages import Frame, head_of, unpack
 from switchboard.sight import EVERYTHING
 from switchboard.tables import run_events
 from switchboard.tasks import end
@@ -40,81 +40,47 @@ _QUIET = 5.0
 _RECONNECT_AFTER = 0.5
 """Seconds between attempts to subscribe."""
 
-MAX_UNREAD = 1000
-MAX_UNREAD_BYTES = 8_000_000
-"""Events, and their size, that a reader may lag behind before it is sent away. It resumes from PostgreSQL."""
+_PATIENCE = 0.03
+"""Seconds in which events may still come that are missing between others: those of another process come by a longer
+way than our own."""
 
-
-class Follower:
-    """One reader's place in the hub: the events of its scope that it has not read yet."""
-
-    def __init__(self, scope: Scope, joined_after: int) -> None:
-        self.scope = scope
-        self.joined_after = joined_after
-        """Every event up to this id was committed before this follower joined; later ones are handed to it."""
-        self.lagging = False
-        self.dismissed = False
-        self._unread: deque[Frame] = deque()
-        self._unread_bytes = 0
-        self._wake = asyncio.Event()
-        self._closed = False
-
-    def push(self, frame: Frame) -> None:
-        if len(self._unread) >= MAX_UNREAD or self._unread_bytes >= MAX_UNREAD_BYTES:
-            self.lagging = True
-            self.close()
-        if not self._closed:
-            self._unread.append(frame)
-            self._unread_bytes += len(frame.line)
-            self._wake.set()
-
-    def close(self) -> None:
-        """Ends the reader's waiting: it gets what it has not read, then nothing more."""
-        self._closed = True
-        self._wake.set()
-
-    def dismiss(self) -> None:
-        """Sends the reader away, whose time is over."""
-        self.dismissed = True
-        self.close()
-
-    async def read(self) -> list[Frame]:
-        """All that is unread, as soon as there is something; empty once the follower is closed."""
-        await self._wake.wait()
-        if not self._closed:
-            self._wake.clear()
-        frames = list(self._unread)
-        self._unread.clear()
-        self._unread_bytes = 0
-        return frames
+_MAX_EARLY = 1000
+"""Events that may wait for those before them."""
 
 
 class Hub:
     """Hands committed events to this process's readers, each once, in the order of their ids.
 
-    Redis brings the news. Ids are handed out in the order of commits, so a message whose first id is the next one
-    continues where the hub stands; anything else (a lost message, one that overtook another, a rolled back
-    transaction) sends the hub to PostgreSQL, which is right. So does silence.
+    What this process commits comes at once, what others commit comes through Redis. Ids are handed out in the order of
+    commits, so an event with the next id continues where the hub stands. One that is ahead of others waits for them a
+    little; what is still missing then (a lost message, a rolled back transaction) sends the hub to PostgreSQL, which is
+    right. So does silence.
     """
 
     def __init__(self, db: AsyncEngine, redis: Redis, channel: Channel) -> None:
         self._db = db
         self._redis = redis
         self._channel = channel
-        self._followers: set[Follower] = set()
+        self._followers = Followers()
         self._cursor: int | None = None
         """Everything up to this id has been handed out; None while nobody reads."""
+        self._early: dict[int, Frame] = {}
+        """By their ids, what waits for those before them."""
+        self._gap: asyncio.TimerHandle | None = None
+        """Runs while something waits."""
         self._inbox: asyncio.Queue[bytes] = asyncio.Queue()
         self._closing = False
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:
         """Follows until the block ends."""
-        tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._hand_out())]
+        works = (self._listen(), self._hand_out(), self._followers.remind())
+        tasks = [asyncio.create_task(work) for work in works]
         try:
             yield self
         finally:
             self.close()
+            self._mind_the_gap(None)
             await end(*tasks)
 
     def close(self) -> None:
@@ -123,8 +89,24 @@ class Hub:
         for follower in self._followers:
             follower.close()
 
+    def take(self, frames: Sequence[Frame]) -> None:
+        """Takes events that were committed, in whatever order they come, and hands out those whose turn it is."""
+        cursor = before = self._cursor
+        if cursor is None:
+            return
+        for frame in frames:
+            if frame.event.id == cursor + 1:
+                self._show(frame)
+                cursor += 1
+            elif frame.event.id > cursor and len(self._early) < _MAX_EARLY:
+                self._early[frame.event.id] = frame
+        if self._early:
+            cursor = self._show_early(cursor)
+        if cursor != before or self._gap is None:
+            self._mind_the_gap(_PATIENCE if self._early else None)
+
     def hear(self, message: bytes) -> None:
-        """Takes a message of the announcer's, in whatever order they come."""
+        """Takes a message of an announcer's, in whatever order they come."""
         # What does not fit while PostgreSQL keeps us waiting leaves a gap, and gaps are noticed.
         if self._inbox.qsize() < _MAX_UNHEARD:
             self._inbox.put_nowait(message)
@@ -141,16 +123,19 @@ class Hub:
             # Others may have joined, and the hub moved on, while we asked.
             if self._cursor is None:
                 self._cursor = newest
-        follower = Follower(scope, self._cursor)
-        self._followers.add(follower)
+                # What was committed meanwhile has been shown to nobody.
+                self.look()
+        follower = self._followers.join(scope, self._cursor)
         if self._closing:
             follower.close()
         try:
             yield follower
         finally:
-            self._followers.discard(follower)
+            self._followers.leave(follower)
             if not self._followers:
                 self._cursor = None
+                self._early.clear()
+                self._mind_the_gap(None)
 
     async def newest(self) -> int:
         """The newest event's id; 0 when there is none."""
@@ -210,37 +195,56 @@ class Hub:
                 log.exception("streams are late")
 
     def _continue_with(self, message: bytes) -> bool:
-        """Hands out a message's events if they follow on what was handed out; False if something is missing."""
+        """Takes a message's events; False if it says nothing that can be read."""
         try:
-            (first, last), frames = unpack(message)
+            last = head_of(message).last
+            # Most are this process's own, which has them already.
+            if last > (self._cursor or 0) and last not in self._early:
+                self.take(unpack(message)[1])
         except ValueError:
             # Not ours, or of a newer version during a deployment. PostgreSQL knows.
             return False
-        cursor = self._cursor or 0
-        if last <= cursor:
-            return True
-        if first != cursor + 1 or last - first + 1 != len(frames):
-            return False
-        for frame in frames:
-            self._push(frame)
         return True
 
     async def _catch_up(self) -> None:
+        # It is all in there, what waits as well as what it waits for.
+        self._early.clear()
+        self._mind_the_gap(None)
         while (cursor := self._cursor) is not None:
             async with self._db.connect() as conn:
                 events = await read_events(conn, Scope(EVERYTHING), after=cursor, limit=_PAGE)
-            if self._cursor != cursor:
-                continue  # the last reader has left meanwhile, and perhaps another come, who begins elsewhere
+            # Meanwhile some may have come by themselves, or the last reader have left, and perhaps another come.
             for event in events:
-                self._push(Frame.of(event))
+                if self._cursor is not None and event.id > self._cursor:
+                    self._show(Frame.of(event))
             if len(events) < _PAGE:
-                return
+                break
+        self.take(())
 
-    def _push(self, frame: Frame) -> None:
-        for follower in self._followers:
-            if frame.event in follower.scope:
-                follower.push(frame)
+    def _show(self, frame: Frame) -> None:
+        self._followers.show(frame)
         self._cursor = frame.event.id
+
+    def _show_early(self, cursor: int) -> int:
+        """Hands out what has waited for its turn, and forgets what has come in another way; returns the new cursor."""
+        for number in sorted(self._early):
+            if number > cursor + 1:
+                break
+            frame = self._early.pop(number)
+            if number > cursor:
+                self._show(frame)
+                cursor = number
+        return cursor
+
+    def _mind_the_gap(self, seconds: float | None) -> None:
+        """Makes the hub look into PostgreSQL when what is missing has not come by then."""
+        if self._gap is not None:
+            self._gap.cancel()
+        self._gap = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._gap_has_lasted)
+
+    def _gap_has_lasted(self) -> None:
+        self._gap = None
+        self.look()
 
 
 async def _hub(connection: HTTPConnection) -> Hub:

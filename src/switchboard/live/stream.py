@@ -1,9 +1,10 @@
 """Server-sent events: replay from PostgreSQL, then follow, without a gap between the two."""
 
+import asyncio
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, aclosing
 from functools import partial
 from typing import Annotated
 
@@ -13,8 +14,8 @@ from pydantic_core import to_json
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import AppStatus, SendTimeoutError
+from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
 from starlette.responses import Response
 from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
@@ -27,7 +28,8 @@ from switchboard.bodies import Id
 from switchboard.database import Db
 from switchboard.errors import BadRequest, Forbidden, NotFound, described
 from switchboard.events import Scope, read_events
-from switchboard.live.hub import CurrentHub, Follower, Hub
+from switchboard.live.followers import Follower
+from switchboard.live.hub import CurrentHub, Hub
 from switchboard.live.messages import Frame
 from switchboard.tables import FINAL, RunStatus, agent_runs
 
@@ -35,20 +37,14 @@ log = structlog.stdlib.get_logger(__name__)
 
 router = APIRouter(tags=["events"])
 
-HEARTBEAT = 15
-"""Seconds between comments on a quiet stream, so that proxies keep it and dead peers are noticed."""
-
 _RETRY = (1_000, 4_000)
 """Milliseconds after which a browser reconnects, drawn for each: all of them come back after a restart."""
 
-_SEND_TIMEOUT = 30
-"""Seconds that a browser may take to accept what it is sent."""
+_STILL_HERE = b": still here\n"
+"""No blank line, at which some readers would see an event without anything in it."""
 
 _PAGE = 500
 """Events read at once for a replay."""
-
-# The hub says goodbye, and not this library's own look at the server's signal handlers.
-AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
 _RESUMED_AT = re.compile(r"(\d{1,18})(\.end)?")
 
@@ -63,7 +59,7 @@ _SERVER_SENT_EVENT = {
             "contentMediaType": "application/json",
             "contentSchema": {
                 "anyOf": [
-                    {"$ref": "#/components/schemas/Event"},
+                    {"$ref": "#/components/schemas/EventOut"},
                     {"type": "object", "required": ["run_id", "status"], "title": "End"},
                     {"type": "object", "required": ["error"], "title": "Renew"},
                 ]
@@ -139,12 +135,19 @@ async def _status(db: AsyncEngine, scope: Scope) -> RunStatus:
     return RunStatus(status)
 
 
+PassOn = Callable[[bytes], Awaitable[None]]
+
 TakeSeat = Callable[[Callable[[], None]], AbstractContextManager[None]]
 """Lets the caller have a stream, and is told how to end it."""
 
 
 class EventStream(EventSourceResponse):
-    """The response. It joins the hub before its headers are sent: whoever has seen them misses nothing."""
+    """The response. It joins the hub before its headers are sent: whoever has seen them misses nothing.
+
+    Two tasks and no timer, where sse-starlette's own way takes five tasks, and a timer for each chunk: what these are
+    for, the hub does for all streams together. It says goodbye, it reminds them when they should say something, and it
+    notices browsers that do not read.
+    """
 
     def __init__(self, db: AsyncEngine, hub: Hub, wanted: Scope, after: int | None, take_seat: TakeSeat) -> None:
         self._db = db
@@ -152,67 +155,106 @@ class EventStream(EventSourceResponse):
         self._wanted = wanted
         self._after = after
         self._take_seat = take_seat
-        super().__init__(
-            iter(()),  # until the hub is joined
-            ping=HEARTBEAT,
-            ping_message_factory=lambda: ServerSentEvent(comment="still here", sep="\n"),
-            send_timeout=_SEND_TIMEOUT,
-            sep="\n",
-            headers={"Cache-Control": "no-cache, no-transform"},
-        )
+        super().__init__(iter(()), headers={"Cache-Control": "no-cache, no-transform"})
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        # Where it is served by `serve`: what lies between has nothing to say about the parts of a stream.
+        pass_on: PassOn | None = scope.get("state", {}).get("pass_on")
         try:
             async with self._hub.following(self._wanted) as follower:
                 with self._take_seat(follower.dismiss), metrics.OPEN_STREAMS.track_inprogress():
-                    self.body_iterator = follow(self._db, self._hub, follower, self._after)
-                    await super().__call__(scope, receive, send)
-        except SendTimeoutError:
+                    async with asyncio.TaskGroup() as group:
+                        # A task of its own: in this one, all that lies above would be woken with it for every event.
+                        sending = group.create_task(self._send_to(follower, send, pass_on))
+                        follower.when_stuck = sending.cancel
+                        await self._listen_for_disconnect(receive)
+                        sending.cancel()
+        except* SendTimeoutError:
             log.info("browser that did not read was sent away")
 
+    async def _send_to(self, follower: Follower, send: Send, pass_on: PassOn | None) -> None:
+        async def send_part(part: bytes) -> None:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
 
-async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | None) -> AsyncIterator[bytes]:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async with aclosing(follow(self._db, self._hub, follower, self._after)) as chunks:
+                send_on: PassOn = send_part
+                async for chunk in chunks:
+                    follower.unheard = 0
+                    await send_on(chunk)
+                    follower.unheard = None
+                    send_on = pass_on or send_part  # the head has left with the first
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:
+            if follower.stuck:
+                raise SendTimeoutError from None
+            raise
+
+
+async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | None) -> AsyncGenerator[bytes, None]:
     """What a reader is sent: a replay of what came after `after`, if it is given, then what the follower gets."""
-    retry = random.randint(*_RETRY)  # noqa: S311  # spreads load, guards nothing
-    # A browser that has seen no event yet comes back to where it began, and not to where things stand by then.
-    here = b"id: %d\n" % follower.joined_after if after is None else b""
-    yield b": connected\nretry: %d\n%b\n" % (retry, here)
+    yield _greeting(follower.joined_after if after is None else None)
     run_id, sent, cut = follower.scope.run_id, follower.joined_after, False
     try:
         # Asked after joining: if the run ends from here on, its last event comes through the follower.
         status = await _status(db, follower.scope) if run_id is not None else None
         over = status in FINAL
         if after is not None or over:
-            sent = after = follower.joined_after if after is None else await _within_this_life(hub, follower, after)
+            sent = after = await _within_this_life(hub, follower, after)
             # The hub may lag behind a run that is over, and nobody will follow it.
             async for page in _replay(db, follower.scope, after, None if over else follower.joined_after):
                 sent = page[-1].event.id
-                yield b"".join(frame.sse for frame in page)
+                yield _joined(page)
                 if cut := follower.dismissed:
                     break  # it resumes there, and must not be sent what came later
-        while not (over or cut) and (unread := await follower.read()):
-            page = [frame for frame in unread if frame.event.id > sent]
-            if page:
+        while not (over or cut) and (unread := await follower.read()) is not None:
+            if page := _later(unread, sent):
                 sent = page[-1].event.id
                 status = page[-1].event.status
                 over = run_id is not None and status in FINAL
                 metrics.note_sent(page[0].written_at)
-                yield b"".join(frame.sse for frame in page)
+                yield _joined(page)
+            elif not unread:
+                yield _STILL_HERE
     except (SQLAlchemyError, OSError) as error:
         # The browser reconnects and resumes; by then PostgreSQL may be back.
         log.warning("stream ended; PostgreSQL is away", error=error)
         return
-    if over and not cut:
-        end = to_json({"run_id": run_id, "status": status})
-        yield b"id: %d.end\nevent: end\ndata: %b\n\n" % (sent, end)
-    elif follower.dismissed:
-        yield b"id: %d\nevent: renew\ndata: %b\n\n" % (sent, to_json({"error": "Access has ended"}))
-    elif not follower.lagging:
-        yield b": goodbye, resume elsewhere\n\n"
+    yield _last_words(follower, sent, status if over and not cut else None)
 
 
-async def _within_this_life(hub: Hub, follower: Follower, after: int) -> int:
+def _greeting(here: int | None) -> bytes:
+    retry = random.randint(*_RETRY)  # noqa: S311  # spreads load, guards nothing
+    # A browser that has seen no event yet comes back to where it began, and not to where things stand by then.
+    place = b"" if here is None else b"id: %d\n" % here
+    return b": connected\nretry: %d\n%b\n" % (retry, place)
+
+
+def _last_words(follower: Follower, sent: int, outcome: RunStatus | None) -> bytes:
+    """Why a stream ends: its run has, with this outcome, or its reader's time, or the service is about to."""
+    if outcome is not None:
+        end = to_json({"run_id": follower.scope.run_id, "status": outcome})
+        return b"id: %d.end\nevent: end\ndata: %b\n\n" % (sent, end)
+    if follower.dismissed:
+        return b"id: %d\nevent: renew\ndata: %b\n\n" % (sent, to_json({"error": "Access has ended"}))
+    return b"" if follower.lagging else b": goodbye, resume elsewhere\n\n"
+
+
+def _later(frames: Sequence[Frame], sent: int) -> Sequence[Frame]:
+    """Those of events that were not sent yet. Most often all of them."""
+    return frames if frames and frames[0].event.id > sent else [frame for frame in frames if frame.event.id > sent]
+
+
+def _joined(frames: Sequence[Frame]) -> bytes:
+    """Events in one piece: it is the pieces that cost something, and not what is in them."""
+    return b"".join([frame.sse for frame in frames])
+
+
+async def _within_this_life(hub: Hub, follower: Follower, after: int | None) -> int:
     """Where to resume: from the start if the id is of a database that is no more, and would mute the stream."""
+    if after is None:
+        return follower.joined_after
     if after <= follower.joined_after or after <= await hub.highest():
         return after
     return 0

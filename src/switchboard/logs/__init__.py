@@ -4,16 +4,20 @@ Our modules only ask structlog for a logger, and log a constant sentence and nam
 field.
 """
 
+import asyncio
 import contextlib
 import logging
 import re
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import structlog
 from opentelemetry.trace import format_trace_id, get_current_span
+from pydantic_core import to_json
+from structlog.contextvars import get_contextvars
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, Processor
 
@@ -21,13 +25,24 @@ from switchboard.logs.redaction import plain, redactor, secrets_of
 from switchboard.logs.traces import TRACEBACK, places, trace
 from switchboard.settings import Settings
 
+# What the standard library would find out for each record, and no line of ours says: as its documentation advises.
+logging._srcfile = None  # noqa: SLF001
+logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+
 # At import, because something may be logged before anybody has read the settings. From here on our lines are records of
 # the standard library's, which pytest and others can take as well.
 structlog.configure(
     processors=[structlog.stdlib.filter_by_level, ProcessorFormatter.wrap_for_formatter],
     wrapper_class=structlog.stdlib.BoundLogger,
     logger_factory=structlog.stdlib.LoggerFactory(),
+    cache_logger_on_first_use=True,
 )
+
+
+class Harmless(str):
+    """The sentence of a line that comes with every request, and whose fields hold nothing to be searched for."""
+
+    __slots__ = ()
 
 
 def configure(settings: Settings) -> None:
@@ -49,14 +64,40 @@ def configure(settings: Settings) -> None:
 
 
 class _Stderr(logging.Handler):
-    """Writes to what is standard error at the moment."""
+    """Writes to what is standard error at the moment.
+
+    The lines of requests that are answered in the same turn of the event loop are written together.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            sys.stderr.write(f"{self.format(record)}\n")
-            sys.stderr.flush()
+            line = self.format(record)
+            if _is_harmless(record) and self._keeps(line):
+                return
+            self._kept.append(line)
+            self.flush()
         except Exception:  # noqa: BLE001  # whoever logs goes on
             self.handleError(record)
+
+    def _keeps(self, line: str) -> bool:
+        if not self._kept:
+            try:
+                asyncio.get_running_loop().call_soon(self.flush)
+            except RuntimeError:
+                return False
+        self._kept.append(line)
+        return True
+
+    def flush(self) -> None:
+        with self.lock or contextlib.nullcontext():
+            if self._kept:
+                kept, self._kept = self._kept, []
+                sys.stderr.write("\n".join([*kept, ""]))
+                sys.stderr.flush()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the standard library's name
         # In place of its own, which would print the message and its arguments as they are.
@@ -72,13 +113,43 @@ def _formatter(settings: Settings) -> logging.Formatter:
         _headed,
         lambda _, __, line: clean(line),  # last, so that nothing escapes it
     ]
+    short: Processor
     if settings.environment == "production":
-        processors.append(structlog.processors.JSONRenderer())
+        short = _json
+        processors.append(structlog.processors.JSONRenderer())  # it writes half an emoji, too
     else:
-        processors += [_printable, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), sort_keys=False)]
-    return ProcessorFormatter(
-        processors=processors, foreign_pre_chain=[_foreign], use_get_message=False, pass_foreign_args=True
+        short = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), sort_keys=False)
+        processors += [_printable, short]
+    return _Formatter(
+        short,
+        processors=processors,
+        foreign_pre_chain=[_foreign],
+        use_get_message=False,
+        pass_foreign_args=True,
     )
+
+
+def _is_harmless(record: logging.LogRecord) -> bool:
+    return isinstance(record.msg, dict) and isinstance(record.msg.get("event"), Harmless)
+
+
+class _Formatter(ProcessorFormatter):
+    """Takes the short way with what is harmless."""
+
+    def __init__(self, short: Processor, **options: Any) -> None:
+        super().__init__(**options)
+        self._short = short
+
+    def format(self, record: logging.LogRecord) -> str:
+        if not _is_harmless(record):
+            return super().format(record)
+        line: Any = record.msg
+        headed = _head(record, line["event"]) | line | get_contextvars()
+        return str(self._short(None, record.levelname, dict(_traced(None, "", headed))))
+
+
+def _json(_: object, __: str, line: EventDict) -> str:
+    return to_json(line).decode()
 
 
 # From a record to what a line says.
@@ -117,17 +188,26 @@ def _traced(_: object, __: str, line: EventDict) -> EventDict:
 def _headed(_: object, __: str, line: EventDict) -> EventDict:
     record: logging.LogRecord = line.pop("_record")
     del line["_from_structlog"]
-    moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-    headed = {
-        "timestamp": f"{moment.removesuffix('+00:00')}Z",
-        "level": record.levelname.lower(),
-        "logger": record.name,
-        "event": line.pop("event"),
-    }
+    headed = _head(record, line.pop("event"))
     error = _error(line.pop("exc_info", None))
     if error is not None:
         line["exception"] = trace(error)
     return headed | dict(line)
+
+
+def _head(record: logging.LogRecord, event: str) -> dict[str, Any]:
+    second = int(record.created)
+    return {
+        "timestamp": f"{_second(second)}.{int((record.created - second) * 1000):03d}Z",
+        "level": record.levelname.lower(),
+        "logger": record.name,
+        "event": event,
+    }
+
+
+@lru_cache(1)
+def _second(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).isoformat()[:-6]
 
 
 def _error(exc_info: Any) -> BaseException | None:

@@ -19,7 +19,7 @@ from switchboard.happyrobot.records import Recording
 from switchboard.runs.cancel import Canceler
 from switchboard.runs.details import DetailsOut, details, recordings
 from switchboard.runs.intake import CurrentIntake
-from switchboard.runs.queries import find_run, found, platform_link
+from switchboard.runs.queries import find_run, found, platform_link, reading
 from switchboard.runs.reading import PlatformUrl, RunId
 from switchboard.runs.status import Standing, advance
 from switchboard.runs.trigger import IdempotencyKey, TriggerIn, TriggerOut, UnconfirmedOut, start
@@ -207,5 +207,5 @@ async def cancel(
 
 
 async def _find(db: AsyncEngine, caller: Caller, run_id: str) -> Row[Any]:
-    async with db.connect() as conn:
+    async with reading(db).connect() as conn:
         return found(await find_run(conn, run_id, caller.sight))

@@ -5,20 +5,25 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextvars import Context
-from typing import Annotated, Self
+from typing import Annotated, NamedTuple, Self
 
+import asyncpg
+import structlog
 from fastapi import Depends
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import HTTPConnection
 
+from switchboard.database import Line
 from switchboard.errors import Unavailable, postgres_is_away
 from switchboard.events import NewEvent
 from switchboard.leaving import LAST_NEWS, LAST_WORDS, Leaving
 from switchboard.live.announcer import Announcer
+from switchboard.runs.appending import append, plain
 from switchboard.runs.ingest import write
-from switchboard.runs.sorting import News, Outcome
+from switchboard.runs.sorting import News, Outcome, Recorded
 from switchboard.tasks import end
+
+log = structlog.stdlib.get_logger(__name__)
 
 MAX_WAITING = 2_000
 """News that may wait; beyond it a caller is told to come back."""
@@ -26,7 +31,23 @@ MAX_WAITING = 2_000
 MAX_BATCH = 200
 """News in one transaction."""
 
-_Waiting = tuple[News, asyncio.Future[Outcome]]
+MAX_WAITING_BYTES, MAX_BATCH_BYTES = 64_000_000, 8_000_000
+"""What they may weigh."""
+
+
+class _Waiting(NamedTuple):
+    news: News
+    written: asyncio.Future[Outcome]
+    size: int
+
+    def answer(self, outcome: Outcome) -> None:
+        # A caller that hung up is not there to be answered; its news are written all the same.
+        if not self.written.done():
+            self.written.set_result(outcome)
+
+    def fail(self, error: Exception) -> None:
+        if not self.written.done():
+            self.written.set_exception(error)
 
 
 class Intake:
@@ -36,27 +57,32 @@ class Intake:
     database anyway, so more than one at a time in a process would only wait for each other.
     """
 
-    def __init__(self, db: AsyncEngine, announcer: Announcer, leaving: Leaving, *, reconcile_after: float = 15) -> None:
-        self._db = db
+    def __init__(self, line: Line, announcer: Announcer, leaving: Leaving, *, reconcile_after: float = 15) -> None:
+        self._line = line
         self._announcer = announcer
         self._leaving = leaving
         self._reconcile_after = reconcile_after
         self._waiting: deque[_Waiting] = deque()
+        self._waiting_bytes = 0
         self._writing: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
         self._expected: set[object] = set()
         self._nothing_expected = asyncio.Event()
         self._nothing_expected.set()
 
-    async def take(self, news: News) -> Outcome:
-        """Writes news and returns what became of them, once that is committed.
+    async def take(self, news: News, size: int = 0) -> Outcome:
+        """Writes news, which weigh so many bytes, and returns what became of them, once that is committed.
 
         Raises Unavailable when too many wait already, and whatever goes wrong in the database.
         """
         # What became of a trigger is never sent away: its call is placed.
-        if len(self._waiting) >= MAX_WAITING and isinstance(news, NewEvent):
+        if isinstance(news, NewEvent) and (
+            len(self._waiting) >= MAX_WAITING or (self._waiting and self._waiting_bytes + size > MAX_WAITING_BYTES)
+        ):
             raise Unavailable("Too many callbacks at once")
-        written: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._waiting.append((news, written))
+        written: asyncio.Future[Outcome] = asyncio.Future(loop=self._loop)
+        self._waiting.append(_Waiting(news, written, size))
+        self._waiting_bytes += size
         if self._writing is None:
             # In nobody's context: what it logs and traces is not about the one who came first.
             self._writing = asyncio.create_task(self._write_all(), context=Context())
@@ -93,33 +119,63 @@ class Intake:
         batch: list[_Waiting] = []
         try:
             while self._waiting:
-                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
+                batch = self._next_batch()
                 await self._write(batch)
         finally:
             self._writing = None
             # Stopped in the middle: nobody is to wait for ever. Those who have their answer keep it.
-            for _, written in (*batch, *self._waiting):
-                written.cancel()
+            for one in (*batch, *self._waiting):
+                one.written.cancel()
             self._waiting.clear()
+            self._waiting_bytes = 0
+
+    def _next_batch(self) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        size = 0
+        while self._waiting and len(batch) < MAX_BATCH and size < MAX_BATCH_BYTES:
+            batch.append(self._waiting.popleft())
+            size += batch[-1].size
+        self._waiting_bytes -= size
+        return batch
 
     async def _write(self, batch: Sequence[_Waiting]) -> None:
         try:
-            async with self._db.begin() as conn:
-                result = await write(conn, [news for news, _ in batch], reconcile_after=self._reconcile_after)
+            if rest := await self._append(batch):
+                await self._write_in_turn(rest)
         except Exception as error:  # noqa: BLE001  # every caller waits for an answer, whatever went wrong
-            if len(batch) > 1 and isinstance(error, SQLAlchemyError) and not postgres_is_away(error):
-                # Whoever is to blame fails alone.
-                for one in batch:
-                    await self._write([one])
-                return
-            for _, written in batch:
-                if not written.done():
-                    written.set_exception(error)
+            for one in batch:
+                one.fail(error)
+
+    async def _append(self, batch: Sequence[_Waiting]) -> Sequence[_Waiting]:
+        """Writes what only adds to timelines, and returns what is left to be done."""
+        short = plain([one.news for one in batch])
+        if not short:
+            return batch
+        try:
+            outcomes = await append(self._line, list(short.values()), reconcile_after=self._reconcile_after)
+        except asyncpg.PostgresError as error:
+            # One of them is to blame. The long way finds out which.
+            log.warning("events are written one by one", error=error)
+            return batch
+        done = {place: outcome for place, outcome in zip(short, outcomes, strict=True) if outcome is not None}
+        for place, outcome in done.items():
+            batch[place].answer(outcome)
+        self._announcer.announce([outcome.event for outcome in done.values() if isinstance(outcome, Recorded)])
+        return [one for place, one in enumerate(batch) if place not in done]
+
+    async def _write_in_turn(self, batch: Sequence[_Waiting]) -> None:
+        try:
+            async with self._line.begin() as conn:
+                result = await write(conn, [one.news for one in batch], reconcile_after=self._reconcile_after)
+        except SQLAlchemyError as error:
+            if len(batch) == 1 or postgres_is_away(error):
+                raise
+            # Whoever is to blame fails alone.
+            for one in batch:
+                await self._write([one])
             return
-        for (_, written), outcome in zip(batch, result.outcomes, strict=True):
-            # A caller that hung up is not there to be answered; its news are written all the same.
-            if not written.done():
-                written.set_result(outcome)
+        for one, outcome in zip(batch, result.outcomes, strict=True):
+            one.answer(outcome)
         self._announcer.announce(result.events)
 
 

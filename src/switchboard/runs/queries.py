@@ -1,10 +1,12 @@
 """Reading runs."""
 
 import base64
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
+from urllib.parse import quote
 
 from sqlalchemy import (
     ARRAY,
@@ -26,7 +28,7 @@ from sqlalchemy import (
     tuple_,
 )
 from sqlalchemy.dialects.postgresql import JSON
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from switchboard.errors import BadRequest, NotFound
 from switchboard.happyrobot.addresses import platform_url
@@ -109,6 +111,15 @@ _RUNS: Select[Any] = select(
 ).select_from(agent_runs.outerjoin(workflows, workflows.c.id == agent_runs.c.workflow_id))
 
 
+@functools.lru_cache(maxsize=8)
+def reading(db: AsyncEngine) -> AsyncEngine:
+    """Its connections are for statements each of which stands for itself, and share the pool.
+
+    A transaction around them would show them nothing else, and its begin and end take as long as a short statement.
+    """
+    return db.execution_options(isolation_level="AUTOCOMMIT")
+
+
 def platform_link(settings: Settings, run: Row[Any]) -> str | None:
     """The run's page at HappyRobot, if its organisation and workflow are known there by name."""
     if run.workflow_id == DEFAULT_WORKFLOW:
@@ -116,10 +127,13 @@ def platform_link(settings: Settings, run: Row[Any]) -> str | None:
     return platform_url(run.org_slug or settings.happyrobot_org_slug, run.platform_id, run.run_id)
 
 
+_RUN = _RUNS.where(agent_runs.c.run_id == bindparam("run_id"))
+
+
 async def find_run(conn: AsyncConnection, run_id: str, sight: Sight) -> Row[Any] | None:
     """One run's row, without its logs; None also where it is not to be seen."""
-    query = narrowed(_RUNS, Filter(), sight).where(agent_runs.c.run_id == run_id)
-    run: Row[Any] | None = (await conn.execute(query)).one_or_none()
+    query = narrowed(_RUN, Filter(), sight)
+    run: Row[Any] | None = (await conn.execute(query, {"run_id": run_id})).one_or_none()
     return run
 
 
@@ -178,6 +192,7 @@ _LOGS = (
         _wanted.c.run_id,
         func.json_agg(literal_column("newest.data ORDER BY newest.id"), type_=JSON).filter(_fits).label("logs"),
         func.bool_or(not_(_fits)).label("truncated"),
+        func.min(_newest.c.id).filter(_fits).label("oldest"),
     )
     .select_from(_wanted.join(_newest, literal_column("true")))
     .group_by(_wanted.c.run_id)
@@ -187,7 +202,8 @@ _LOGS = (
 async def metadata_of(conn: AsyncConnection, runs: Sequence[Row[Any]]) -> dict[str, dict[str, Any]]:
     """Each run's metadata as the guide describes it: `logs` in order, `result`, `error`, and what else is stored.
 
-    Of a run with very many logs, or in a long list, only the newest are given; `logs_truncated` says so.
+    Of a run with very many logs, or in a long list, only the newest are given; `logs_truncated` says so, and
+    `earlier_logs` where to read on.
     """
     if not runs:
         return {}
@@ -215,4 +231,9 @@ def _metadata(run: Row[Any], found: Any, most: int) -> dict[str, Any]:
         logs = [*earlier, *logs]
         truncated = len(logs) > most
         logs = logs[-most:]
-    return {**stored, "logs": logs} | ({"logs_truncated": True} if truncated else {})
+    metadata = {**stored, "logs": logs}
+    if truncated:
+        metadata["logs_truncated"] = True
+    if found and found.truncated:
+        metadata["earlier_logs"] = f"/api/happyrobot/runs/{quote(run.run_id, safe='')}/events?up_to={found.oldest - 1}"
+    return metadata
