@@ -61,15 +61,14 @@ def parse(raw: bytes) -> Any:
 async def read(request: Request) -> bytes:
     """The body's bytes; stops reading as soon as there are too many, or they are too slow to come."""
     settings: Settings = request.state.settings
-    too_large = TooLarge(f"The body must be smaller than {settings.max_body_size / 1e6:g} MB")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) >= settings.max_body_size:
-        raise too_large
+        raise _too_large(settings)
     if request.scope["state"].get("arrived", _not_yet)():
         # With its head, as most do: there is nothing to wait for.
         message = await request.receive()
         if len(body := message.get("body", b"")) >= settings.max_body_size:
-            raise too_large
+            raise _too_large(settings)
         return bytes(body)
     raw = bytearray()
     try:
@@ -77,10 +76,14 @@ async def read(request: Request) -> bytes:
             async for chunk in request.stream():
                 raw += chunk
                 if len(raw) >= settings.max_body_size:
-                    raise too_large
+                    raise _too_large(settings)
     except TimeoutError as error:
         raise RequestTimeout(f"The body must arrive within {settings.request_timeout:g} seconds") from error
     return bytes(raw)
+
+
+def _too_large(settings: Settings) -> TooLarge:
+    return TooLarge(f"The body must be smaller than {settings.max_body_size / 1e6:g} MB")
 
 
 def _not_yet() -> bool:

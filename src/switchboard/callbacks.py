@@ -1,8 +1,6 @@
 """`POST /api/webhooks/happyrobot`: what HappyRobot tells us."""
 
-import contextlib
 import hmac
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from fastapi import APIRouter
@@ -29,16 +27,6 @@ class CallbackOut(BaseModel):
     duplicate: bool = Field(False, description="A copy of it had been taken before; absent otherwise.")
 
 
-@contextlib.contextmanager
-def _not_taken(outcome: str, kind: str = metrics.OTHER) -> Iterator[None]:
-    """Counts a callback that fails within the block."""
-    try:
-        yield
-    except Exception:
-        metrics.count_callback(kind, outcome)
-        raise
-
-
 async def _check_key(request: Request) -> None:
     settings: Settings = request.state.settings
     expected = settings.callback_key
@@ -62,15 +50,18 @@ async def receive(request: Request) -> Response:
 
     A callback of a run that is not known yet is answered 404 and kept: it is applied when the run becomes known.
     """
-    with _not_taken("refused"):
+    intake: Intake = request.state.intake
+    kind, becomes = metrics.OTHER, "refused"
+    try:
         # The key is checked before a byte of the body is read.
         await _check_key(request)
         raw = await bodies.read(request)
         event = read_callback(bodies.parse(raw), raw, request.headers.get("x-webhook-id"))
-    intake: Intake = request.state.intake
-    with _not_taken("failed", event.event_type):
+        kind, becomes = event.event_type, "failed"
         outcome = await intake.take(event, len(raw))
-    metrics.count_callback(event.event_type, _in_a_word(outcome))
+        becomes = _in_a_word(outcome)
+    finally:
+        metrics.count_callback(kind, becomes)
     if isinstance(outcome, Held):
         raise NotFound("Run not found")
     tracing.about(run_id=event.run_id)

@@ -106,6 +106,10 @@ def _layers(settings: Settings) -> list[Middleware]:
     return layers
 
 
+_OF_PROXIES = frozenset({b"x-forwarded-for", b"x-forwarded-proto"})
+"""What they say about a request, as uvicorn understands it."""
+
+
 class Forwarded:
     """Makes `scope["client"]` the address that a request comes from, also behind trusted proxies."""
 
@@ -119,7 +123,7 @@ class Forwarded:
             return
         # An IPv4 peer of a socket that listens on IPv6 looks like ::ffff:10.0.0.1, which is in no IPv4 network.
         scope["client"] = scope["peer"] = _plain(scope["client"]) or scope["client"]
-        if any(name.startswith(b"x-forwarded-") for name, _ in scope["headers"]):
+        if not _OF_PROXIES.isdisjoint([name for name, _ in scope["headers"]]):
             await self._believing(scope, receive, send)  # type: ignore[arg-type]
         else:
             await self._app(scope, receive, send)
