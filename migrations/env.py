@@ -17,6 +17,8 @@ _ONE_AT_A_TIME = text("SELECT pg_try_advisory_xact_lock(4848107521966110288)")
 # Said after it: until the next statement PostgreSQL keeps what that one has seen, and such a transaction is waited for.
 _WHILE_IT_LASTS = text("SET LOCAL idle_in_transaction_session_timeout = 0")
 _PAUSE = text("SELECT pg_sleep(0.1)")
+# Of one who was killed PostgreSQL goes on building the index.
+_STILL_BUILDING = text("SELECT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE datname = current_database())")
 
 
 def ours(name: str | None, kind: str, _: object) -> bool:
@@ -27,7 +29,7 @@ def ours(name: str | None, kind: str, _: object) -> bool:
 def run(connection: Connection) -> None:
     # The lock is another connection's, for migrations may commit on their way.
     with connection.engine.connect() as lock:
-        while not lock.scalar(_ONE_AT_A_TIME):
+        while not lock.scalar(_ONE_AT_A_TIME) or lock.scalar(_STILL_BUILDING):
             lock.rollback()
             lock.execute(_PAUSE)
             lock.rollback()

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -15,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database
 from switchboard.database import Line
-from switchboard.errors import PostgresAway, Unavailable
+from switchboard.errors import PostgresAway, StatementFailed, Unavailable
 from switchboard.events import APPROVAL_REQUESTED, NewEvent
 from switchboard.jobs import RECONCILE, Job, enqueue
 from switchboard.leaving import Leaving
@@ -121,12 +122,16 @@ async def test_ids_follow_each_other_without_a_gap(db: AsyncEngine, line: Line, 
     assert [event.data for event in events[1:]] == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("status", "sooner"), [("RUNNING", True), ("COMPLETED", False)])
+@pytest.mark.parametrize(
+    ("status", "timed_out", "sooner"),
+    [("RUNNING", False, True), ("FAILED", True, True), ("FAILED", False, False), ("COMPLETED", False, False)],
+)
 async def test_a_run_that_speaks_after_a_long_silence_is_asked_about_sooner(
-    db: AsyncEngine, line: Line, context_id: str, status: str, sooner: bool
+    db: AsyncEngine, line: Line, context_id: str, status: str, timed_out: bool, sooner: bool
 ):
     run_id = await insert_run(db, context_id, status)
     async with db.begin() as conn:
+        await conn.execute(update(agent_runs).where(agent_runs.c.run_id == run_id).values(timed_out=timed_out))
         await enqueue(conn, [Job(RECONCILE, run_id, 300)])
     await short(line, NewEvent(run_id, "log"))
     wait = text(
@@ -134,6 +139,38 @@ async def test_a_run_that_speaks_after_a_long_silence_is_asked_about_sooner(
     ).bindparams(key=f"{RECONCILE}:{run_id}")
     async with db.connect() as conn:
         assert ((await conn.scalar(wait)) < 16) == sooner
+
+
+async def test_a_job_that_somebody_has_locked_holds_nobody_up(db: AsyncEngine, line: Line, run_id: str):
+    async with db.begin() as conn:
+        await enqueue(conn, [Job(RECONCILE, run_id, 300)])
+    async with db.begin() as conn:
+        job = text("SELECT id FROM switchboard_pgqueuer WHERE dedupe_key = :key FOR UPDATE")
+        await conn.execute(job, {"key": f"{RECONCILE}:{run_id}"})
+        [outcome] = await short(line, NewEvent(run_id, "log"))
+    assert isinstance(outcome, Recorded)
+
+
+async def test_who_misses_a_turn_misses_it_together(
+    db: AsyncEngine, line: Line, run_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ingest, "TURN", text(ingest.TURN.text.replace("'3s'", "'20ms'")))
+    turns = 0
+    genuine = ingest.write
+
+    async def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal turns
+        turns += 1
+        return await genuine(*arguments, **named)
+
+    monkeypatch.setattr(intake, "write", counted)
+    queue = Intake(line, Silent(), Leaving())
+    async with db.begin() as conn:
+        await conn.execute(text("SELECT pg_advisory_xact_lock(7308060441651407467)"))
+        news = [queue.take(NewEvent(run_id, "completed", number, RunStatus.COMPLETED)) for number in range(5)]
+        outcomes = await asyncio.gather(*news, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {PostgresAway}
+    assert turns == 1
 
 
 async def test_who_is_in_the_middle_of_a_turn_is_waited_for(db: AsyncEngine, line: Line, run_id: str):
@@ -365,9 +402,21 @@ async def test_one_that_is_cut_in_the_middle_says_that_postgresql_is_away(db: As
 
 
 async def test_a_statement_that_fails_fails_alone(line: Line):
-    with pytest.raises(asyncpg.DivisionByZeroError):
-        await line.fetch("SELECT 1 / 0")
-    assert (await line.fetch("SELECT 1"))[0][0] == 1
+    for statement, arguments in (("SELECT 1 / 0", ()), ("SELECT $1::int", ("no number",))):
+        with pytest.raises(StatementFailed):
+            await line.fetch(statement, *arguments)
+        assert (await line.fetch("SELECT 1"))[0][0] == 1
+
+
+@pytest.mark.parametrize("error", [asyncpg.InternalClientError("odd"), TimeoutError(), ConnectionResetError()])
+async def test_whatever_else_goes_wrong_is_postgresql_s_absence(
+    line: Line, error: Exception, monkeypatch: pytest.MonkeyPatch
+):
+    pid = await _pid(line)
+    monkeypatch.setattr(line._driver, "fetch", AsyncMock(side_effect=error))
+    with pytest.raises(PostgresAway):
+        await line.fetch("SELECT 1")
+    assert await _pid(line) != pid, "nobody gets a connection that may be dead"
 
 
 async def test_one_that_would_succeed_later_says_so(db: AsyncEngine, line: Line, run_id: str, database_url: str):
@@ -384,9 +433,23 @@ async def test_one_that_would_succeed_later_says_so(db: AsyncEngine, line: Line,
 
 
 async def test_whoever_gives_up_leaves_a_good_connection_behind(db: AsyncEngine, line: Line):
+    pid = await _pid(line)
     waiting = asyncio.create_task(line.fetch("SELECT pg_sleep(30)"))
-    await asyncio.sleep(0.05)
+    active = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid AND state = 'active'")
+    async with db.connect() as conn:
+        await until(lambda: conn.scalar(active, {"pid": pid}))
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     async with asyncio.timeout(5):
-        assert (await line.fetch("SELECT 1"))[0][0] == 1
+        assert await _pid(line) != pid
+
+
+async def test_what_a_wire_has_swallowed_is_the_last_thing_it_gets(database_url: str):
+    engine, pid = database.connect(database_url, statement_timeout=0.2), text("SELECT pg_backend_pid()")
+    async with engine.connect() as conn:
+        before = await conn.scalar(pid)
+        with pytest.raises(TimeoutError):
+            await conn.execute(text("SELECT pg_sleep(5)"))
+    async with engine.connect() as conn:
+        assert await conn.scalar(pid) != before
+    await engine.dispose()

@@ -316,7 +316,8 @@ async def test_what_waits_is_written_before_the_service_leaves(line: Line, run_i
     async with Intake(line, Silent(), Leaving()).running() as queue:
         waiting = [asyncio.create_task(queue.take(log(run_id, number))) for number in range(3)]
         await asyncio.sleep(0)
-    assert all(isinstance(task.result(), Recorded) for task in waiting)
+    async with asyncio.timeout(1):
+        assert {type(outcome) for outcome in await asyncio.gather(*waiting)} == {Recorded}
 
 
 async def test_what_fails_at_the_commit_is_neither_confirmed_nor_announced(

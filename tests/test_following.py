@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import pytest
 from redis.asyncio import Redis
@@ -382,3 +383,18 @@ async def test_what_goes_wrong_in_a_stream_is_not_kept_quiet(hub: Hub, db: Async
         await stream(hub, db)({}, never, send)
     assert raised.group_contains(ZeroDivisionError)
     assert not len(hub._followers)
+
+
+async def test_a_stream_that_lags_leaves_its_connection_in_order(service: Service, context_id: str):
+    reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(service.url).port)
+    writer.write(f"GET /api/events?context_id={context_id} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    async with asyncio.timeout(10):
+        await reader.readuntil(b"\n\n\r\n")
+        [follower] = [each for each in service.hub._followers if each.scope.context_id == context_id]
+        follower.lagging = True
+        follower.close()
+        assert await reader.readuntil(b"0\r\n\r\n") == b"0\r\n\r\n"
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+    await writer.wait_closed()

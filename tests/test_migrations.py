@@ -22,7 +22,7 @@ from switchboard import database
 from switchboard.jobs import PREFIX
 from switchboard.migrate import config, migrate
 from switchboard.tables import agent_runs, metadata
-from tests.conftest import Servers, new_database
+from tests.conftest import Servers, new_database, until
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,6 +76,24 @@ async def test_the_migrations_build_what_the_tables_say(db: AsyncEngine):
 
     async with db.connect() as conn:
         assert await conn.run_sync(differences) == []
+
+
+async def test_whoever_reads_for_long_holds_up_the_migration_and_nobody_else(empty_url: str):
+    await migrate(empty_url)
+    await downgrade(empty_url, "0005")
+    reader, writer = [await asyncpg.connect(database.dsn(empty_url)) for _ in range(2)]
+    async with reader.transaction():
+        await reader.execute("SELECT FROM run_events")
+        migrating = asyncio.create_task(migrate(empty_url))
+        tries = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE '%DO $$%LOOP%'"
+        await until(lambda: writer.fetchval(f"{tries} AND wait_event = 'PgSleep'"))
+        async with asyncio.timeout(5):
+            await writer.execute(AN_EVENT.text)
+        assert not migrating.done()
+    await migrating
+    assert await writer.fetchval("SELECT count(*) FROM run_events") == 1
+    await reader.close()
+    await writer.close()
 
 
 @pytest.mark.parametrize(

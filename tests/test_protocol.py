@@ -52,6 +52,7 @@ ANSWERS: dict[str, Callable[[], Response]] = {
     "nothing": lambda: Response(status_code=204),
     "a line of its own": lambda: Raw(b"whole", (b"content-length", b"5"), (b"x", b"1\r\nx-more: 2")),
     "a name of its own": lambda: Raw(b"whole", (b"content-length", b"5"), (b"x: 1\r\nx-more", b"2")),
+    "no body": lambda: Raw(b"", (b"content-length", b"0")),
     "a part": lambda: StreamingResponse(iter([b"who", b"le"]), headers={"Content-Length": "5"}),
 }
 """What an application may answer, well or badly."""
@@ -86,6 +87,14 @@ def application(settings: Settings) -> FastAPI:  # noqa: C901  # one endpoint af
     async def waits(request: Request) -> str:
         await request.state.go_on.wait()
         return "waited"
+
+    @app.get("/nothing")
+    async def nothing() -> StreamingResponse:
+        async def fails() -> AsyncIterator[bytes]:
+            raise RuntimeError
+            yield b""
+
+        return StreamingResponse(fails())
 
     @app.get("/answers/{what}")
     async def answers(what: str) -> Response:
@@ -844,3 +853,10 @@ async def test_a_body_that_comes_with_its_head_is_bounded_like_any_other(patient
     async with patient.client() as client:
         await client.send(CHUNKED + b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"x" * size))
         assert (await client.answer())[0] == status
+
+
+async def test_an_answer_that_comes_to_nothing_before_its_body_is_an_error(patient: Server):
+    async with patient.client() as client:
+        await client.send(b"GET /nothing HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert (await client.reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 500 ")
+        assert b"200" not in await client.ended()

@@ -21,6 +21,26 @@ _APPROVALS = "idx_approvals_run"
 _UPDATED = ("agent_runs", "executions", "deliveries")
 
 
+# In the one writer's turn: who is in the middle of one has locked the table that is locked here. Whoever only reads it
+# has it locked, too, perhaps for hours, and everybody would wait behind this: so it lets go, and tries again.
+_IN_A_QUIET_MOMENT = """
+DO $$
+BEGIN
+    LOOP
+        BEGIN
+            SET LOCAL lock_timeout = '500ms';
+            PERFORM pg_advisory_xact_lock(7308060441651407467);
+            {changes};
+            RETURN;
+        EXCEPTION WHEN lock_not_available THEN
+            PERFORM pg_sleep(1);
+        END;
+    END LOOP;
+END
+$$
+"""
+
+
 def upgrade() -> None:
     # Beside the traffic: what is built takes minutes where there are many millions of events. It may be interrupted,
     # and begins again.
@@ -32,13 +52,12 @@ def upgrade() -> None:
         _build(_APPROVALS, "approvals", ["run_id"])
         for name in (_STATUS, _CONTEXT):
             op.drop_index(name, table_name="agent_runs", if_exists=True, postgresql_concurrently=True)
-    # The one writer's turn: who is in the middle of one has locked the table that is locked here.
-    op.execute("SELECT pg_advisory_xact_lock(7308060441651407467)")
-    for name in (_STATUS, _CONTEXT):
-        op.execute(f"ALTER INDEX {name}_newest RENAME TO {name}")
-    for table in _UPDATED:
-        op.execute(f"ALTER TABLE {table} SET (fillfactor = 85)")
-    op.drop_constraint("run_events_dedupe_key_key", "run_events")
+    changes = [
+        *(f"ALTER INDEX {name}_newest RENAME TO {name}" for name in (_STATUS, _CONTEXT)),
+        *(f"ALTER TABLE {table} SET (fillfactor = 85)" for table in _UPDATED),
+        "ALTER TABLE run_events DROP CONSTRAINT run_events_dedupe_key_key",
+    ]
+    op.execute(_IN_A_QUIET_MOMENT.format(changes="; ".join(changes)))
 
 
 def downgrade() -> None:

@@ -14,6 +14,8 @@ depends_on = None
 # of tables at the moment: subqueries stand where a join could read a whole one,
 # and a CASE where a condition could lead to an index that is no help.
 #
+# And it waits for nothing but its turn: a job that somebody is about to take is left to them.
+#
 # A row comes back for each event that was written, and one without an id for each that had been written before. Of
 # the others, which is all events of their runs, nothing is done.
 _APPEND = """
@@ -79,9 +81,18 @@ BEGIN
     hastened AS (
         UPDATE switchboard_pgqueuer AS job
         SET execute_after = due, priority = rank
-        WHERE job.dedupe_key = ANY (ARRAY (SELECT DISTINCT 'reconcile:' || run_id FROM numbered WHERE unsettled))
-            AND job.status IN ('queued', 'picked')
-            AND CASE WHEN job.status = 'queued' THEN job.execute_after > due ELSE false END
+        WHERE job.id = ANY (
+            ARRAY (
+                SELECT sleeping.id
+                FROM switchboard_pgqueuer AS sleeping
+                WHERE sleeping.dedupe_key = ANY (
+                        ARRAY (SELECT DISTINCT 'reconcile:' || run_id FROM numbered WHERE unsettled)
+                    )
+                    AND sleeping.status IN ('queued', 'picked')
+                    AND CASE WHEN sleeping.status = 'queued' THEN sleeping.execute_after > due ELSE false END
+                FOR UPDATE SKIP LOCKED
+            )
+        )
     )
     SELECT place, id, context_id, workflow_id, status, created_at FROM numbered
     UNION ALL

@@ -9,14 +9,14 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import asyncpg
 from fastapi import Depends
 from pydantic_core import from_json, to_json
-from sqlalchemy import QueuePool, event
-from sqlalchemy.exc import InvalidatePoolError
+from sqlalchemy import ExceptionContext, QueuePool, event
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.requests import HTTPConnection
 
 from switchboard import metrics
-from switchboard.errors import PASSING, PostgresAway
+from switchboard.errors import PASSING, PostgresAway, StatementFailed
 
 # Parameters that libpq or Prisma know but asyncpg would send to the server as settings, which it refuses.
 _FOREIGN_PARAMETERS = frozenset(
@@ -112,6 +112,12 @@ def _see_whether_they_are_there(engine: AsyncEngine) -> None:
             except (pooled.dialect.loaded_dbapi.Error, OSError) as error:
                 raise InvalidatePoolError from error
 
+    @event.listens_for(pooled, "handle_error")
+    def is_broken(trouble: ExceptionContext) -> None:
+        # On a wire that has swallowed one statement the next one would be lost, too.
+        if isinstance(trouble.original_exception, OSError):
+            trouble.is_disconnect = True
+
     @event.listens_for(pooled, "checkin")
     def was_there(_: object, record: ConnectionPoolEntry) -> None:
         record.info["used_at"] = time.monotonic()
@@ -132,6 +138,17 @@ def measure(engine: AsyncEngine) -> None:
         metrics.note_pool(pool.checkedout() - 1, min(pool.checkedin() + 1, pool.size()))
 
 
+_DRIVERS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+"""What asyncpg raises, and the network."""
+
+
+def _blames_the_statement(error: BaseException) -> bool:
+    if isinstance(error, asyncpg.PostgresError):
+        return error.sqlstate not in PASSING and not isinstance(error, asyncpg.PostgresConnectionError)
+    # An argument that asyncpg cannot send.
+    return isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError)
+
+
 class Line:
     """A connection that one user keeps, for one statement or transaction at a time.
 
@@ -147,21 +164,17 @@ class Line:
     async def fetch(self, query: str, *arguments: object) -> Sequence[Any]:
         """Rows of a statement that is a transaction of its own; it is committed when they are there.
 
-        Raises PostgresAway and TimeoutError, and what asyncpg raises when the statement itself cannot be done.
+        Raises PostgresAway, and StatementFailed where it is the statement that cannot be done.
         """
         await self._connect()
         try:
             rows: Sequence[Any] = await self._driver.fetch(query, *arguments)
-        except asyncpg.PostgresError as error:
-            await self.hang_up()
-            if error.sqlstate in PASSING or isinstance(error, asyncpg.PostgresConnectionError):
+        except BaseException as error:
+            await self.hang_up(broken=not _blames_the_statement(error))
+            if _blames_the_statement(error):
+                raise StatementFailed(type(error).__name__) from error
+            if isinstance(error, _DRIVERS):
                 raise PostgresAway(f"PostgreSQL does not do it now ({type(error).__name__})") from error
-            raise
-        except (OSError, asyncpg.InterfaceError) as error:
-            await self.hang_up()
-            raise PostgresAway(f"PostgreSQL is away ({type(error).__name__})") from error
-        except BaseException:
-            await self.hang_up()
             raise
         self._used_at = time.monotonic()
         return rows
@@ -174,16 +187,18 @@ class Line:
         try:
             async with self._conn.begin():
                 yield self._conn
-        except BaseException:
-            await self.hang_up()
+        except BaseException as error:
+            await self.hang_up(broken=not isinstance(error, DBAPIError))
             raise
         self._used_at = time.monotonic()
 
-    async def hang_up(self) -> None:
-        """Brings the connection back; the next statement takes another."""
+    async def hang_up(self, *, broken: bool = False) -> None:
+        """Lets go of the connection, for others to use unless it is broken; the next statement takes another."""
         conn, self._conn, self._driver = self._conn, None, None
         if conn is not None:
             with suppress(Exception):
+                if broken:
+                    await conn.invalidate()
                 await conn.close()
 
     async def _connect(self) -> None:

@@ -181,7 +181,11 @@ def complaint(errors: Sequence[Any], *, skip: int = 0) -> str:
 
 
 class PostgresAway(ConnectionError):
-    """PostgreSQL takes no connection."""
+    """PostgreSQL takes no connection, has lost one, or cannot do it now, whatever it is."""
+
+
+class StatementFailed(Exception):
+    """PostgreSQL is there, and cannot do this."""
 
 
 # What PostgreSQL says when it is not the statement's fault: shutting down or crashed, starting up, too many

@@ -51,26 +51,27 @@ class _Cycle(RequestResponseCycle):
     _head: Any = None
 
     def has_arrived(self) -> bool:
-        """Whether all of the body is there, and none of it has been asked for."""
+        """Whether all of the body is there, for whoever asks for it first."""
         return not (self.more_body or self.disconnected or self.response_complete)
 
     async def pass_on(self, part: bytes) -> None:
         """Sends more of an answer that has begun without a length, past everything that has been put around `send`."""
         if self.flow.write_paused and not self.disconnected:
             await self.flow.drain()
-        if not self.disconnected:
+        if part and not self.disconnected:  # one without anything in it would be the last
             self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
 
     async def send(self, message: Any) -> None:
-        if self._head is None and not self.response_started and message["type"] == "http.response.start":
+        if not self.response_started and message["type"] == "http.response.start":
+            # One that has not left is replaced: what it was the head of came to nothing.
             self._head = message
             return
         head, self._head = self._head, None
-        if head is not None and not (self._is_plain(head, message) and self._send_whole(head, message["body"])):
+        if head is not None:
+            if self._is_plain(head, message) and self._send_whole(head, message.get("body", b"")):
+                return
             await super().send(head)
-            head = None
-        if head is None:
-            await super().send(message)
+        await super().send(message)
 
     def _is_plain(self, head: Any, message: Any) -> bool:
         return (

@@ -166,7 +166,7 @@ class Followers:
         time = asyncio.get_running_loop().time
         due = time()
         for turn in itertools.cycle(self._slices):
-            due += HEARTBEAT / _SLICES
+            due = max(due + HEARTBEAT / _SLICES, time())  # nobody is stuck because we were
             await asyncio.sleep(due - time())
             for follower in turn:
                 follower.remind()

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing
 from functools import partial
 from typing import Annotated
@@ -221,7 +221,8 @@ async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | Non
         # The browser reconnects and resumes; by then PostgreSQL may be back.
         log.warning("stream ended; PostgreSQL is away", error=error)
         return
-    yield _last_words(follower, sent, status if over and not cut else None)
+    for word in _last_words(follower, sent, status if over and not cut else None):
+        yield word
 
 
 def _greeting(here: int | None) -> bytes:
@@ -231,14 +232,15 @@ def _greeting(here: int | None) -> bytes:
     return b": connected\nretry: %d\n%b\n" % (retry, place)
 
 
-def _last_words(follower: Follower, sent: int, outcome: RunStatus | None) -> bytes:
+def _last_words(follower: Follower, sent: int, outcome: RunStatus | None) -> Iterator[bytes]:
     """Why a stream ends: its run has, with this outcome, or its reader's time, or the service is about to."""
     if outcome is not None:
         end = to_json({"run_id": follower.scope.run_id, "status": outcome})
-        return b"id: %d.end\nevent: end\ndata: %b\n\n" % (sent, end)
-    if follower.dismissed:
-        return b"id: %d\nevent: renew\ndata: %b\n\n" % (sent, to_json({"error": "Access has ended"}))
-    return b"" if follower.lagging else b": goodbye, resume elsewhere\n\n"
+        yield b"id: %d.end\nevent: end\ndata: %b\n\n" % (sent, end)
+    elif follower.dismissed:
+        yield b"id: %d\nevent: renew\ndata: %b\n\n" % (sent, to_json({"error": "Access has ended"}))
+    elif not follower.lagging:
+        yield b": goodbye, resume elsewhere\n\n"
 
 
 def _later(frames: Sequence[Frame], sent: int) -> Sequence[Frame]:

@@ -27,8 +27,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from switchboard.errors import PostgresAway
 from switchboard.events import Event, NewEvent
 from switchboard.executions import COLUMNS
 from switchboard.jobs import CHECK, RECONCILE, Job, enqueue, hasten, is_asleep
@@ -86,7 +88,7 @@ async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after:
     The caller announces the events once it has committed, and locks nothing before this call that another writer
     could wait for: turns come first. `reconcile_after` is in seconds.
     """
-    await conn.execute(TURN)
+    await _take_turn(conn)
     verdicts = await approvals.decide(conn, [item for item in news if isinstance(item, Decision)])
     events = [item for item in news if isinstance(item, NewEvent)]
     soon = timedelta(seconds=reconcile_after)
@@ -142,6 +144,19 @@ async def write(conn: AsyncConnection, news: Sequence[News], *, reconcile_after:
         ],
     )
     return Written(_outcomes(news, sorted_events, written, starts, iter(verdicts.outcomes)), written)
+
+
+async def _take_turn(conn: AsyncConnection) -> None:
+    try:
+        await conn.execute(TURN)
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) == _NOT_IN_TIME:
+            # For all who came together: one by one, each would wait as long again.
+            raise PostgresAway("writers wait for their turn in vain") from error
+        raise
+
+
+_NOT_IN_TIME = "55P03"
 
 
 def _outcomes(

@@ -7,14 +7,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextvars import Context
 from typing import Annotated, NamedTuple, Self
 
-import asyncpg
 import structlog
 from fastapi import Depends
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import HTTPConnection
 
 from switchboard.database import Line
-from switchboard.errors import Unavailable, postgres_is_away
+from switchboard.errors import StatementFailed, Unavailable, postgres_is_away
 from switchboard.events import NewEvent
 from switchboard.leaving import LAST_NEWS, LAST_WORDS, Leaving
 from switchboard.live.announcer import Announcer
@@ -153,7 +152,7 @@ class Intake:
             return batch
         try:
             outcomes = await append(self._line, list(short.values()), reconcile_after=self._reconcile_after)
-        except asyncpg.PostgresError as error:
+        except StatementFailed as error:
             # One of them is to blame. The long way finds out which.
             log.warning("events are written one by one", error=error)
             return batch
