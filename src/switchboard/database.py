@@ -1,5 +1,6 @@
 """The connection to PostgreSQL."""
 
+import select
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -105,11 +106,10 @@ def _see_whether_they_are_there(engine: AsyncEngine) -> None:
     def is_there(connection: Any, record: ConnectionPoolEntry, _: object) -> None:
         if connection.driver_connection.is_closed():
             raise InvalidatePoolError
-        used_at = record.info.get("used_at")
-        if used_at is not None and time.monotonic() - used_at > _SURELY_THERE:
+        if _is_doubtful(connection.driver_connection, record.info.get("used_at")):
             try:
                 pooled.dialect.do_ping(connection)
-            except (pooled.dialect.loaded_dbapi.Error, OSError) as error:
+            except (pooled.dialect.loaded_dbapi.Error, asyncpg.InternalClientError, OSError) as error:
                 raise InvalidatePoolError from error
 
     @event.listens_for(pooled, "handle_error")
@@ -138,7 +138,20 @@ def measure(engine: AsyncEngine) -> None:
         metrics.note_pool(pool.checkedout() - 1, min(pool.checkedin() + 1, pool.size()))
 
 
-_DRIVERS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+def _is_doubtful(connection: Any, used_at: float | None) -> bool:
+    """Whether a connection that is not used may have been cut: nobody has heard of it for long, or it says something.
+
+    PostgreSQL says goodbye, and hardly anything else unasked; the event loop may not have come to it yet.
+    """
+    if used_at is not None and time.monotonic() - used_at > _SURELY_THERE:
+        return True
+    wire = connection._transport.get_extra_info("socket")  # noqa: SLF001  # asyncpg has no other way to it
+    said = select.poll()
+    said.register(wire.fileno(), select.POLLIN)
+    return bool(said.poll(0))
+
+
+_DRIVERS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
 """What asyncpg raises, and the network."""
 
 
@@ -169,6 +182,12 @@ class Line:
         await self._connect()
         try:
             rows: Sequence[Any] = await self._driver.fetch(query, *arguments)
+        except asyncpg.InternalClientError as error:
+            await self.hang_up(broken=True)
+            if not str(error).startswith("cannot switch to state"):
+                raise PostgresAway("PostgreSQL is away (InternalClientError)") from error
+            # Nothing has left: PostgreSQL had said goodbye, and had not gone yet.
+            return await self.fetch(query, *arguments)
         except BaseException as error:
             await self.hang_up(broken=not _blames_the_statement(error))
             if _blames_the_statement(error):
@@ -211,10 +230,10 @@ class Line:
     async def _is_there(self) -> bool:
         if self._driver.is_closed():
             return False
-        if time.monotonic() - self._used_at > _SURELY_THERE:
+        if _is_doubtful(self._driver, self._used_at):
             try:
                 await self._driver.fetchrow(";")
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            except (*_DRIVERS, asyncpg.InternalClientError):
                 return False
         return True
 
