@@ -33,12 +33,12 @@ class Size:
 
 
 FULL = Size(
-    rounds=5,
-    seconds=4,
+    rounds=3,
+    seconds=3,
     runs=100_000,
     burst=2_000,
     stream_rates=(10, 30, 60, 150),
-    stream_rounds=3,
+    stream_rounds=2,
     stream_seconds=10,
     streams=1_000,
     idle_streams=10_000,

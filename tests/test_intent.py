@@ -528,6 +528,7 @@ async def test_a_service_that_stops_during_a_call_says_at_once_that_nobody_knows
                 state["db"],
                 state["happyrobot"],
                 state["intake"],
+                state["ledger"],
                 state["settings"],
                 ANYBODY,
                 TriggerIn.model_validate(body),

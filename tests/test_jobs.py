@@ -16,7 +16,7 @@ from pgqueuer.ports.repository import EntrypointExecutionParameter
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from switchboard import database, jobs
+from switchboard import database, jobs, worker
 from switchboard.jobs import CHECK, RECONCILE, Job
 from switchboard.runs.sweep import sweep
 from switchboard.tables import agent_runs
@@ -162,3 +162,43 @@ async def test_a_job_that_could_not_be_put_off_is_not_lost(
                 return await conn.scalar(select(agent_runs.c.status)) == "COMPLETED"
 
         await until(over)
+
+
+async def test_much_news_of_the_queue_is_one_and_none_is_lost(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(worker, "_NEWS_EVERY", 0.02)
+    heard: list[str] = []
+    hear = worker._calmed(heard.append)
+    changes = [f'{{"type": "table_changed_event", "number": {number}}}' for number in range(4)]
+    for change in changes[:3]:
+        hear(change)
+    hear('{"type": "health_check_event"}')
+    assert heard == [changes[0], '{"type": "health_check_event"}'], (
+        "whoever is asked whether they listen says so at once"
+    )
+    await until(lambda: len(heard) == 3, within=5)
+    hear(changes[3])
+    assert heard[2:] == [changes[1]], "that there is news, of which the last may have come just before"
+    await until(lambda: len(heard) == 4, within=5)
+
+
+async def test_workers_look_for_jobs_now_and_then_however_much_news_there_is(
+    own_database: str, servers: Servers, own_db: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(worker, "_NEWS_EVERY", 60)
+    monkeypatch.setattr(worker, "_LOOK_EVERY", timedelta(seconds=0.5))
+    looks: list[int] = []
+    genuine = Queries.dequeue
+
+    async def dequeue(self: Queries, **named: Any) -> Any:
+        looks.append(id(self))
+        return await genuine(self, **named)
+
+    monkeypatch.setattr(Queries, "dequeue", dequeue)
+    async with running_service(settings_for(own_database, servers.redis_url, None), worker=True):
+        await until(lambda: len(set(looks)) == 2)
+        for number in range(50):
+            await enqueue(own_db, Job(RECONCILE, f"run {number}", 300))
+        # What both queues do of their own accord: by then they have heard of all the others.
+        before = len(looks)
+        await until(lambda: all(looks[before:].count(each) for each in set(looks)))
+    assert len(looks) < 20

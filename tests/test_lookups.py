@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard.happyrobot import lookups, pace
-from switchboard.happyrobot.client import BACKGROUND, POLL, Effort, NoTurn
+from switchboard.happyrobot.client import BACKGROUND, POLL, Effort, HappyRobot, NoTurn
 from switchboard.happyrobot.pace import Pace
 from switchboard.happyrobot.simulator import Simulator
 from switchboard.tables import run_events
@@ -456,3 +456,29 @@ async def test_background_work_waits_for_its_turn_and_gives_up_in_the_end(
             await happyrobot.turn(impatient)
         with pytest.raises(NoTurn):
             await first
+
+
+async def test_who_would_wait_in_vain_need_not_wait(
+    database_url: str, servers: Servers, monkeypatch: pytest.MonkeyPatch
+):
+    go_on = asyncio.Event()
+
+    async def as_long_as_it_takes(_: Pace, __: float) -> bool:
+        return await go_on.wait()
+
+    monkeypatch.setattr(Pace, "turn", as_long_as_it_takes)
+    redis = Redis.from_url(servers.redis_url)
+    happyrobot = HappyRobot(settings_for(database_url, servers.redis_url, None, happyrobot_api_pace=3), redis)
+    effort = Effort(patience=2, timeout=5)
+    waiting = [asyncio.create_task(happyrobot.turn(effort)) for _ in range(6)]
+    await asyncio.sleep(0)
+    with pytest.raises(NoTurn):
+        await happyrobot.turn(effort)
+    # Nobody waits for those, and they wait for nobody.
+    job = asyncio.create_task(happyrobot.turn(BACKGROUND))
+    await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.gather(*waiting, job)
+    await happyrobot.turn(effort)
+    await happyrobot.aclose()
+    await redis.aclose()

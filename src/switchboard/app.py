@@ -64,7 +64,7 @@ def create_app(
     app.include_router(reference.router)
     app.include_router(console.router)
     app.include_router(health.router)
-    app.add_direct(*callbacks.router.routes)
+    app.add_direct(*callbacks.router.routes, *calling.router.routes)
 
     document = app.openapi
 

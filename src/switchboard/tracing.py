@@ -268,6 +268,18 @@ def call(method: str, host: str) -> Iterator[Callable[[int], None]]:
         yield answered
 
 
+@contextmanager
+def statement(query: str) -> Iterator[None]:
+    """The span of waiting for a statement that is sent by no engine which is watched."""
+    tracing = _current()
+    if tracing is None or not trace.get_current_span().is_recording():
+        yield
+        return
+    with tracing.span(query.split(None, 1)[0], SpanKind.CLIENT) as span:
+        span.set_attributes({"db.system.name": "postgresql", "db.query.text": query[:_LONGEST_STATEMENT]})
+        yield
+
+
 def watch(db: AsyncEngine) -> None:
     """Makes a span of each statement: of its text, in which what it is about are only parameters."""
     engine = db.sync_engine

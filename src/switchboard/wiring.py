@@ -25,6 +25,7 @@ from switchboard.live.hub import Hub
 from switchboard.runs.asking import listener
 from switchboard.runs.cancel import Canceler
 from switchboard.runs.intake import Intake
+from switchboard.runs.ledger import Ledger
 from switchboard.settings import Settings
 from switchboard.tracing import Tracing
 
@@ -42,6 +43,7 @@ class State(TypedDict):
     canceler: Canceler
     hub: Hub
     intake: Intake
+    ledger: Ledger
     sender: Sender
     rates: Rates
     redis: Redis
@@ -98,6 +100,9 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
         stack.push_async_callback(line.hang_up)
         intake = Intake(line, announcer, leaving, reconcile_after=settings.reconcile_after)
         await stack.enter_async_context(intake.running())
+        line = database.Line(db)
+        stack.push_async_callback(line.hang_up)
+        ledger = await stack.enter_async_context(Ledger(line, settings).running())
         # Above what takes in their answers, so that they close first.
         take_in = listener(db, intake, keeps=not happyrobot.reads_v2)
         lookups = await stack.enter_async_context(Lookups(settings, happyrobot, shared, take_in).running())
@@ -112,6 +117,7 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
             canceler=Canceler(db, happyrobot, lookups, intake),
             hub=hub,
             intake=intake,
+            ledger=ledger,
             sender=sender,
             rates=Rates(shared),
             redis=shared,

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import timedelta
+from typing import Any
 
 import asyncpg
 import structlog
@@ -31,6 +32,12 @@ log = structlog.stdlib.get_logger(__name__)
 
 _LOOK_EVERY = timedelta(seconds=2)
 """Between looks for jobs that no notification announced: behind a pooler there may be none."""
+
+_NEWS_EVERY = 0.2
+"""Seconds between two pieces of news that there are other jobs than before."""
+
+_CHANGED = "table_changed_event"
+"""What PgQueuer calls that. It tells itself other things over the same channel."""
 
 _BATCH, _CALLS_AT_ONCE, _WEBHOOKS_AT_ONCE = 10, 40, 200
 """Jobs that a worker picks in one go, and those that it has under way: for HappyRobot, and for customers."""
@@ -74,11 +81,45 @@ async def work(settings: Settings) -> None:
         await leaving.told()
 
 
+class _Calm(AsyncpgPoolDriver):
+    """Passes on one piece of news of the queue in a while: whoever hears of any looks into it several times.
+
+    Each new run is news, though its job is not due for long, and each job that is done.
+    """
+
+    async def add_listener(self, channel: str, callback: Callable[[str | bytes | bytearray], None]) -> None:
+        await super().add_listener(channel, _calmed(callback))
+
+
+def _calmed(callback: Callable[[Any], None]) -> Callable[[Any], None]:
+    loop = asyncio.get_running_loop()
+    quiet_until = 0.0
+    kept: asyncio.TimerHandle | None = None
+
+    def pass_on(payload: Any) -> None:
+        nonlocal quiet_until, kept
+        quiet_until, kept = loop.time() + _NEWS_EVERY, None
+        callback(payload)
+
+    def hear(payload: Any) -> None:
+        nonlocal kept
+        if _CHANGED not in payload:
+            callback(payload)
+        elif loop.time() >= quiet_until and kept is None:
+            pass_on(payload)
+        elif kept is None:
+            kept = loop.call_at(quiet_until, pass_on, payload)
+
+    return hear
+
+
 class _Worker:
     def __init__(self, state: State) -> None:
         self._state = state
         self._leaving = state["leaving"]
         reconciler = Reconciler(state["settings"], state["db"], state["happyrobot"], state["lookups"], state["intake"])
+        # A single statement needs no transaction around it, each of whose ends takes as long.
+        self._db = state["db"].execution_options(isolation_level="AUTOCOMMIT")
         # Many may be put off at once, and requests need connections, too.
         self._ranking = asyncio.Semaphore(2)
         settings, db, happyrobot, intake = state["settings"], state["db"], state["happyrobot"], state["intake"]
@@ -132,7 +173,7 @@ class _Worker:
                 raise error
 
     def _queue(self, pool: asyncpg.Pool, works: Mapping[str, Work]) -> PgQueuer:
-        driver = AsyncpgPoolDriver(pool)
+        driver = _Calm(pool)
         queue = PgQueuer(driver, jobs.NAMES.channel, queries=jobs.queries(driver))
         for entrypoint, work in works.items():
             # Held, should PgQueuer fail to put it off because PostgreSQL is away: the sweep brings it back.
@@ -157,7 +198,7 @@ class _Worker:
             if again is None:
                 return
             with contextlib.suppress(SQLAlchemyError, OSError):  # then it comes up a little too early or too late
-                async with self._ranking, self._state["db"].begin() as conn:
+                async with self._ranking, self._db.connect() as conn:
                     await jobs.rank_behind(conn, job.id, again)
             raise RetryRequested(timedelta(seconds=again))
 

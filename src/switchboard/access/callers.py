@@ -106,6 +106,13 @@ async def _caller(
         raise Unauthorized("Unauthorized") from error
 
 
+async def caller_of(request: Request) -> Caller:
+    """Who is asking, for routes whose dependencies nobody solves."""
+    state = request.state
+    bearer, in_query, in_cookie = await _bearer(request), await _query(request), await _cookie(request)
+    return await _caller(request, state.db, state.settings, state.signer, state.failures, bearer, in_query, in_cookie)
+
+
 class _Wrong(Exception):
     """Credentials that somebody may be guessing."""
 
@@ -207,7 +214,7 @@ Known = Annotated[Caller, Depends(_caller)]
 """Whoever they are, and whatever they may."""
 
 
-def _with(right: Right) -> Callable[..., Awaitable[Caller]]:
+def _with(right: Right) -> Callable[[Caller], Awaitable[Caller]]:
     async def allowed(caller: Known) -> Caller:
         if right not in caller.rights:
             what = "token" if caller.token is not None else "API key"
@@ -227,7 +234,8 @@ async def _of_a_backend(caller: Known) -> Caller:
 Reader = Annotated[Caller, Depends(_with(Right.READ))]
 """Somebody who may see runs, those of `sight`."""
 
-Starter = Annotated[Caller, Depends(_with(Right.TRIGGER))]
+starter = _with(Right.TRIGGER)
+Starter = Annotated[Caller, Depends(starter)]
 """Somebody who may start workflows and stop runs, those of `sight`."""
 
 Decider = Annotated[Caller, Depends(_with(Right.DECIDE))]

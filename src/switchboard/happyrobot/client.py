@@ -15,13 +15,14 @@ HappyRobotError
 
 import asyncio
 import contextlib
-import functools
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from typing import Annotated, Any
 from urllib.parse import quote
+from urllib.request import getproxies
 
 import httpx
 import stamina
@@ -35,6 +36,7 @@ from starlette.requests import HTTPConnection
 from switchboard import metrics, tracing
 from switchboard.cookies import no_cookies
 from switchboard.happyrobot.addresses import api_root
+from switchboard.happyrobot.connections import ConnectsAnew
 from switchboard.happyrobot.pace import Pace
 from switchboard.happyrobot.payloads import read_json, started_runs
 from switchboard.happyrobot.records import (
@@ -52,9 +54,19 @@ from switchboard.settings import Settings
 
 log = structlog.stdlib.get_logger(__name__)
 
+_USER_AGENT = "switchboard"
+_CONNECTIONS = 100
 _MAX_ANSWER = 10_000_000
 _CONNECT_TIMEOUT = 5.0
 """Seconds to wait for a connection, a free one or a new one: until then nothing has been sent."""
+
+_HOOK_HEADERS = {
+    "User-Agent": _USER_AGENT,
+    "Accept": "*/*",
+    "Accept-Encoding": "gzip, deflate",
+    "Connection": "close",
+}
+_HOOK_TIMEOUTS = {"timeout": httpx.Timeout(None, connect=_CONNECT_TIMEOUT, pool=_CONNECT_TIMEOUT).as_dict()}
 
 _ATTEMPTS = 4
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
@@ -160,14 +172,49 @@ def _log_attempt(details: RetryDetails) -> None:
 set_on_retry_hooks([_log_attempt])
 
 
-@functools.cache
+@cache
 def _certificates() -> ssl.SSLContext:
     """Whom we trust; reading them takes a while, so it is done once."""
     return httpx.create_ssl_context()
 
 
+def _client(timeout: float | None, keep: int, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        transport=transport,
+        verify=_certificates(),
+        timeout=httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT, pool=_CONNECT_TIMEOUT),
+        limits=httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=keep),
+        headers={"User-Agent": _USER_AGENT},
+        cookies=no_cookies(),
+    )
+
+
+def _new_connections() -> httpx.AsyncBaseTransport:
+    """What calls hooks; where there is a proxy httpx's own pool, which knows how to ask one, and keeps nothing."""
+    if getproxies().keys() & {"http", "https", "all"}:
+        return _Pool(_client(None, keep=0))
+    return ConnectsAnew(_certificates(), at_once=_CONNECTIONS, largest=_MAX_ANSWER)
+
+
+class _Pool(httpx.AsyncBaseTransport):
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return await self._client.send(request, stream=True)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+@lru_cache
+def _address(url: str) -> httpx.URL:
+    """Of a hook, taken apart once."""
+    return httpx.URL(url)
+
+
 class HappyRobot:
-    """A pool of connections to HappyRobot's hooks and its Platform API."""
+    """Connections to HappyRobot's hooks and its Platform API."""
 
     def __init__(self, settings: Settings, redis: Redis, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._settings = settings
@@ -175,22 +222,14 @@ class HappyRobot:
         account = f"{settings.happyrobot_api_url} {organisation} {key.get_secret_value() if key else ''}"
         self._pace = Pace(redis, account, settings.happyrobot_api_pace)
         self._background = asyncio.Lock()
+        # Who waits for a turn, and is waited for.
+        self._waiting = 0
         self._key_refused = False
-
-        def client(timeout: float, keep: int) -> httpx.AsyncClient:
-            return httpx.AsyncClient(
-                transport=transport,
-                verify=_certificates(),
-                timeout=httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT, pool=_CONNECT_TIMEOUT),
-                limits=httpx.Limits(max_connections=100, max_keepalive_connections=keep),
-                headers={"User-Agent": "switchboard"},
-                cookies=no_cookies(),
-            )
 
         # Apart, so that hooks which hang leave the Platform API its connections. A hook gets a new connection for each
         # trigger: one that was kept may break at the moment of sending, and nobody could say whether it was heard.
-        self._hooks = client(settings.happyrobot_trigger_timeout, keep=0)
-        self._platform = client(READ.timeout, keep=20)
+        self._hooks = transport or _new_connections()
+        self._platform = _client(READ.timeout, keep=20, transport=transport)
         self._v1, self._v2 = (api_root(settings.happyrobot_api_url, version) for version in (1, 2))
         self.reads_v2 = settings.happyrobot_api_url == self._v2 != self._v1
 
@@ -204,18 +243,26 @@ class HappyRobot:
         Sent again only when it certainly started nothing: HappyRobot knows no idempotency key, so a second request may
         be a second phone call. Raises PutOff where it is cancelled between two attempts.
         """
-        between: HappyRobotError | None = None
+        began = time.monotonic()
+        # Outside of what repeats it: it is nearly always the last.
+        try:
+            return await self._trigger_once(hook, payload)
+        except (NotSent, Refused) as error:
+            first = error
+        between: HappyRobotError | None = first
         try:
             async for attempt in stamina.retry_context(
                 on=_certainly_not_started,
                 attempts=_ATTEMPTS,
-                timeout=self._settings.happyrobot_trigger_timeout,
+                timeout=max(0.0, self._settings.happyrobot_trigger_timeout - (time.monotonic() - began)),
                 wait_initial=_FIRST_PAUSE,
                 wait_max=_LONGEST_PAUSE,
                 wait_jitter=_FIRST_PAUSE,
             ):
-                between = None
-                with attempt, _measured("trigger"):
+                with attempt:
+                    if attempt.num == 1:
+                        raise first
+                    between = None
                     try:
                         return await self._trigger_once(hook, payload)
                     except (NotSent, Refused) as error:
@@ -228,11 +275,13 @@ class HappyRobot:
         raise AssertionError("stamina raises what the last attempt raised")
 
     async def _trigger_once(self, hook: Hook, payload: dict[str, Any]) -> list[str]:
-        headers = {"X-API-KEY": hook.key.get_secret_value()} if hook.key else {}
+        with _measured("trigger"):
+            return await self._trigger(hook, payload)
+
+    async def _trigger(self, hook: Hook, payload: dict[str, Any]) -> list[str]:
         try:
             async with asyncio.timeout(self._settings.happyrobot_trigger_timeout):
-                request = self._hooks.build_request("POST", hook.url, json=payload, headers=headers)
-                response, body = await _send(self._hooks, request)
+                response, body = await self._post(hook, payload)
         except _NEVER_LEFT as error:
             raise NotSent(f"HappyRobot cannot be reached ({type(error).__name__})") from error
         except (httpx.HTTPError, TimeoutError) as error:
@@ -251,15 +300,22 @@ class HappyRobot:
             raise Unknown(f"HappyRobot answered {status} without naming a run")
         return run_ids
 
+    async def _post(self, hook: Hook, body: dict[str, Any], **headers: str) -> tuple[httpx.Response, bytes]:
+        """Tells a hook something, once. Whoever does limits the time that it may take once there is a connection."""
+        if hook.key is not None:
+            headers["X-API-KEY"] = hook.key.get_secret_value()
+        # Made here and not by a client, which would look for cookies, credentials and redirects.
+        request = httpx.Request(
+            "POST", _address(hook.url), json=body, headers=_HOOK_HEADERS | headers, extensions=_HOOK_TIMEOUTS
+        )
+        return await _send(self._hooks.handle_async_request, request)
+
     async def decide(self, hook: Hook, decision: dict[str, Any]) -> None:
         """Tells a workflow that waits what was decided. Raises Refused, and NoAnswer where it may not have heard."""
-        headers = {"X-API-KEY": hook.key.get_secret_value()} if hook.key else {}
-        headers["Idempotency-Key"] = str(decision["approval_id"])
         with _measured("decide"):
             try:
                 async with asyncio.timeout(self._settings.happyrobot_trigger_timeout):
-                    request = self._hooks.build_request("POST", hook.url, json=decision, headers=headers)
-                    response, _ = await _send(self._hooks, request)
+                    response, _ = await self._post(hook, decision, **{"Idempotency-Key": str(decision["approval_id"])})
             except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
                 raise NoAnswer(f"HappyRobot did not answer ({type(error).__name__})") from error
             if not response.is_success:
@@ -274,11 +330,21 @@ class HappyRobot:
     async def turn(self, effort: Effort) -> None:
         """Waits for a turn in the pace; raises NoTurn when there is none in time."""
         began = time.monotonic()
-        found = await (self._turn_in_background(effort) if effort is BACKGROUND else self._pace.turn(effort.patience))
+        found = await (self._turn_in_background(effort) if effort is BACKGROUND else self._turn_in_time(effort))
         metrics.UPSTREAM_TURN_WAIT.observe(time.monotonic() - began)
         metrics.UPSTREAM_TURNS.labels("taken" if found else "none").inc()
         if not found:
             raise NoTurn("HappyRobot's pace is used up")
+
+    async def _turn_in_time(self, effort: Effort) -> bool:
+        # Who would wait in vain need not wait: those before take all the turns that come by then.
+        if self._waiting >= self._settings.happyrobot_api_pace * effort.patience:
+            return False
+        self._waiting += 1
+        try:
+            return await self._pace.turn(effort.patience)
+        finally:
+            self._waiting -= 1
 
     async def _turn_in_background(self, effort: Effort) -> bool:
         # One at a time, so that browsers compete with one waiter of each process and not with all of its jobs.
@@ -384,7 +450,7 @@ class HappyRobot:
         try:
             async with asyncio.timeout(effort.timeout):
                 request = self._platform.build_request(method, url, params=query or None, json=body, headers=headers)
-                response, content = await _send(self._platform, request)
+                response, content = await _send(partial(self._platform.send, stream=True), request)
         except _TooMuch as error:
             raise Unreadable("HappyRobot answered with more than can be read") from error
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
@@ -468,9 +534,11 @@ class _TooMuch(httpx.DecodingError):
     """An answer that is larger than anything of use."""
 
 
-async def _send(client: httpx.AsyncClient, request: httpx.Request) -> tuple[httpx.Response, bytes]:
+async def _send(
+    send: Callable[[httpx.Request], Awaitable[httpx.Response]], request: httpx.Request
+) -> tuple[httpx.Response, bytes]:
     with tracing.call(request.method, request.url.host) as answered:
-        response = await client.send(request, stream=True)
+        response = await send(request)
         answered(response.status_code)
         try:
             body = bytearray()

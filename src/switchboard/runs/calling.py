@@ -6,11 +6,12 @@ from fastapi import APIRouter, Depends, Query, Response
 from pydantic import BaseModel, Field
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncEngine
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
 
-from switchboard.access.callers import Caller, Reader, Starter
-from switchboard.bodies import Id, JsonBody, body_of, check
+from switchboard.access.callers import Caller, Reader, Starter, caller_of, starter
+from switchboard.bodies import Id, body_of, check, parse, read
 from switchboard.database import Db
+from switchboard.direct import DirectRoute
 from switchboard.errors import described
 from switchboard.events import IdOfRun, Timestamp
 from switchboard.happyrobot.client import POLL, CurrentHappyRobot
@@ -22,7 +23,7 @@ from switchboard.runs.intake import CurrentIntake
 from switchboard.runs.queries import find_run, found, platform_link, reading
 from switchboard.runs.reading import PlatformUrl, RunId
 from switchboard.runs.status import Standing, advance
-from switchboard.runs.trigger import IdempotencyKey, TriggerIn, TriggerOut, UnconfirmedOut, start
+from switchboard.runs.trigger import IdempotencyKey, TriggerIn, TriggerOut, UnconfirmedOut, checked_key, start
 from switchboard.settings import CurrentSettings
 from switchboard.tables import RunStatus
 from switchboard.workflows import default, listed
@@ -71,29 +72,58 @@ async def _canceler(connection: HTTPConnection) -> Canceler:
     return canceler
 
 
-@router.post(
-    "/trigger",
-    summary="Start a workflow",
-    responses=described(400, 401, 403, 404, 408, 409, 413, 422, 429)
-    | {502: {"model": UnconfirmedOut, "description": "HappyRobot did not confirm it; `status` says what that means."}},
-    openapi_extra=body_of(TriggerIn),
-)
-async def trigger(
-    db: Db,
-    happyrobot: CurrentHappyRobot,
-    intake: CurrentIntake,
-    settings: CurrentSettings,
+async def _asked_for(
     caller: Starter,
-    body: JsonBody,
     idempotency_key: IdempotencyKey = None,
-) -> TriggerOut:
+) -> None:
+    """What `trigger` takes from the request by itself, for the document."""
+
+
+async def trigger(request: Request) -> Response:
     """Starts a workflow and tracks the runs that HappyRobot names.
 
     The request is stored before HappyRobot is called, and HappyRobot is called once. With an `Idempotency-Key`, sending
     the same request again answers what became of the first one: as above, 409 while its call is being placed, 422 if
     the body is another.
     """
-    return await start(db, happyrobot, intake, settings, caller, check(TriggerIn, body), body, idempotency_key)
+    caller = await starter(await caller_of(request))
+    body = parse(await read(request))
+    key = checked_key(request.headers.get("idempotency-key"))
+    state = request.state
+    started = await start(
+        state.db,
+        state.happyrobot,
+        state.intake,
+        state.ledger,
+        state.settings,
+        caller,
+        check(TriggerIn, body),
+        body,
+        key,
+    )
+    return Response(started.model_dump_json(), media_type="application/json")
+
+
+# Somebody waits for each of them, and for whoever comes after.
+router.routes.append(
+    DirectRoute(
+        f"{router.prefix}/trigger",
+        trigger,
+        methods=["POST"],
+        tags=router.tags,
+        summary="Start a workflow",
+        dependencies=[Depends(_asked_for)],
+        response_model=TriggerOut,
+        responses=described(400, 401, 403, 404, 408, 409, 413, 422, 429)
+        | {
+            502: {
+                "model": UnconfirmedOut,
+                "description": "HappyRobot did not confirm it; `status` says what that means.",
+            }
+        },
+        openapi_extra=body_of(TriggerIn),
+    )
+)
 
 
 @router.get("/workflows", summary="List what can be started", responses=described(400, 401, 403, 429))

@@ -18,8 +18,9 @@ from switchboard.events import NewEvent
 from switchboard.leaving import LAST_NEWS, LAST_WORDS, Leaving
 from switchboard.live.announcer import Announcer
 from switchboard.runs.appending import append, plain
+from switchboard.runs.beginning import begin, fresh
 from switchboard.runs.ingest import write
-from switchboard.runs.sorting import News, Outcome, Recorded
+from switchboard.runs.sorting import News, Outcome, Recorded, Registered
 from switchboard.tasks import end
 
 log = structlog.stdlib.get_logger(__name__)
@@ -139,11 +140,28 @@ class Intake:
 
     async def _write(self, batch: Sequence[_Waiting]) -> None:
         try:
-            if rest := await self._append(batch):
+            # Beginnings first: what came with them may be about their runs.
+            if (rest := await self._begin(batch)) and (rest := await self._append(rest)):
                 await self._write_in_turn(rest)
         except Exception as error:  # noqa: BLE001  # every caller waits for an answer, whatever went wrong
             for one in batch:
                 one.fail(error)
+
+    async def _begin(self, batch: Sequence[_Waiting]) -> Sequence[_Waiting]:
+        """Writes the rows of runs of which nothing is known but their names, and returns what is left to be done."""
+        new = fresh([one.news for one in batch])
+        if not new:
+            return batch
+        try:
+            begun = await begin(self._line, list(new.values()), reconcile_after=self._reconcile_after)
+        except StatementFailed as error:
+            log.warning("runs are written one by one", error=error)
+            return batch
+        done = {place: events for place, events in zip(new, begun, strict=True) if events is not None}
+        for place in done:
+            batch[place].answer(Registered())
+        self._announcer.announce([event for events in done.values() for event in events])
+        return [one for place, one in enumerate(batch) if place not in done]
 
     async def _append(self, batch: Sequence[_Waiting]) -> Sequence[_Waiting]:
         """Writes what only adds to timelines, and returns what is left to be done."""

@@ -15,8 +15,9 @@ from switchboard.happyrobot.client import HappyRobot, PutOff
 from switchboard.jobs import START, Job, enqueue
 from switchboard.runs.ingest import DEFAULT_NAME
 from switchboard.runs.intake import Intake
+from switchboard.runs.ledger import NewExecution
 from switchboard.runs.sorting import NewRuns, Unconfirmed
-from switchboard.runs.trigger import NewExecution, answer_by, place, store
+from switchboard.runs.trigger import answer_by, place, store
 from switchboard.sealing import SealBroken, SecretMissing
 from switchboard.settings import Settings
 from switchboard.tables import ExecutionStatus, executions

@@ -13,6 +13,7 @@ from switchboard.happyrobot.client import BACKGROUND, HappyRobot, NoAnswer
 from switchboard.happyrobot.lookups import Lookups
 from switchboard.runs import archive
 from switchboard.runs.intake import Intake
+from switchboard.runs.queries import reading
 from switchboard.runs.status import Standing
 from switchboard.settings import Settings
 from switchboard.tables import FINAL, ApprovalStatus, RunStatus, agent_runs, approvals, run_events, run_records
@@ -123,7 +124,7 @@ _WATCH: Select[tuple[str, bool, float, float, int, bool, bool]] = select(
 
 
 async def _watch(db: AsyncEngine, run_id: str) -> Watch | None:
-    async with db.connect() as conn:
+    async with reading(db).connect() as conn:
         row = (await conn.execute(_WATCH.where(agent_runs.c.run_id == run_id))).one_or_none()
     if row is None:
         return None

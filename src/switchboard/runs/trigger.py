@@ -3,15 +3,14 @@
 import asyncio
 import contextlib
 import time
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import replace
 from itertools import chain, repeat
 from typing import Annotated, Any, Literal
 from uuid import UUID, uuid4
 
 import structlog
 from fastapi import Header
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from sqlalchemy import Row, and_, func, literal, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -23,6 +22,7 @@ from switchboard.access.callers import Caller
 from switchboard.access.quotas import count_one, require_room
 from switchboard.bodies import Id, ShortText, Text
 from switchboard.errors import (
+    BadRequest,
     Conflict,
     ErrorOut,
     Forbidden,
@@ -30,6 +30,7 @@ from switchboard.errors import (
     NotFound,
     TriggerFailed,
     Unprocessable,
+    complaint,
     will_pass,
 )
 from switchboard.events import IdOfExecution
@@ -37,11 +38,12 @@ from switchboard.executions import COLUMNS
 from switchboard.happyrobot.client import HappyRobot, HappyRobotError, PutOff, Unknown
 from switchboard.runs.ingest import DEFAULT_NAME
 from switchboard.runs.intake import Intake
+from switchboard.runs.ledger import Ledger, NewExecution, longest_answer
 from switchboard.runs.sorting import NewRuns, Noted, Unconfirmed
 from switchboard.sealing import SealBroken, SecretMissing
 from switchboard.settings import Settings
 from switchboard.tables import ExecutionStatus, agent_runs, executions
-from switchboard.workflows import DEFAULT_WORKFLOW, Workflow, find
+from switchboard.workflows import DEFAULT_WORKFLOW, Workflow, default, find
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -52,9 +54,6 @@ _PATIENCE = 5.0
 """Seconds for which somebody who waits for an answer can wait for that."""
 
 STOPPED = "The service stopped before HappyRobot's answer was known"
-
-_MARGIN = 60.0
-"""Seconds beyond the trigger's own time limits after which its process counts as gone."""
 
 
 class TriggerIn(BaseModel):
@@ -116,12 +115,25 @@ IdempotencyKey = Annotated[
         examples=["order_123/confirm-pickup"],
     ),
 ]
+_KEY: TypeAdapter[str | None] = TypeAdapter(IdempotencyKey)
+
+
+def checked_key(given: str | None) -> str | None:
+    """A key as it came with a request. Raises BadRequest for what is none."""
+    if given is None:
+        return None
+    try:
+        return _KEY.validate_python(given)
+    except ValidationError as error:
+        [first] = error.errors(include_url=False, include_input=False)
+        raise BadRequest(complaint([first | {"loc": ("idempotency-key",)}])) from error
 
 
 async def start(
     db: AsyncEngine,
     happyrobot: HappyRobot,
     intake: Intake,
+    ledger: Ledger,
     settings: Settings,
     caller: Caller,
     request: TriggerIn,
@@ -140,28 +152,30 @@ async def start(
     execution = NewExecution(
         uuid4(), workflow_id, request.context_id, request.name, request.description, body, idempotency_key
     )
-    async with db.begin() as conn:
-        stored = await store(conn, settings, caller, execution)
-        if not isinstance(stored, Workflow):
-            return await _told_again(conn, stored)
+    workflow = await _entered(ledger, settings, caller, execution)
+    if workflow is None:
+        async with db.begin() as conn:
+            stored = await store(conn, settings, caller, execution)
+            if not isinstance(stored, Workflow):
+                return await _told_again(conn, stored)
+        workflow = stored
     runs = NewRuns(execution.id, workflow_id, request.context_id, request.name or DEFAULT_NAME, request.description, ())
-    run_ids = await place(happyrobot, intake, settings, stored, runs, body)
+    run_ids = await place(happyrobot, intake, settings, workflow, runs, body)
     return TriggerOut(success=True, run_ids=run_ids, execution_id=execution.id)
 
 
-@dataclass(frozen=True, slots=True)
-class NewExecution:
-    """A request to start a workflow."""
+async def _entered(ledger: Ledger, settings: Settings, caller: Caller, execution: NewExecution) -> Workflow | None:
+    """Stores a request for which nothing has to be looked up: nobody's, for the workflow that is in the settings.
 
-    id: UUID
-    workflow_id: str
-    context_id: str
-    name: str | None
-    description: str | None
-    body: dict[str, Any]
-    idempotency_key: str | None
-    at_once: bool = True
-    """Whether its call is placed by whoever stores it, and now."""
+    None where it is not stored.
+    """
+    if caller.key is not None or execution.workflow_id != DEFAULT_WORKFLOW:
+        return None
+    workflow = default(settings)
+    if workflow is None or not await ledger.enter(execution, caller.owner(execution.context_id)):
+        return None
+    tracing.about(execution_id=execution.id)
+    return workflow
 
 
 async def store(
@@ -239,7 +253,7 @@ async def _workflow(conn: AsyncConnection, settings: Settings, workflow_id: str)
 
 def answer_by(settings: Settings) -> Any:
     """When whoever begins to place a call now knows what became of it, or is gone; as SQL."""
-    return func.now() + timedelta(seconds=2 * settings.happyrobot_trigger_timeout + _MARGIN)
+    return func.now() + longest_answer(settings)
 
 
 async def _write_down(conn: AsyncConnection, settings: Settings, caller: Caller, execution: NewExecution) -> bool:

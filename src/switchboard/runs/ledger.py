@@ -1,0 +1,188 @@
+"""Where executions are written down that are to be started now: those that come while others are written, together.
+
+Each is committed before its call is placed, and many may wait for that at once. Nobody waits for company, as in the
+intake, beside which it stands: executions need not take turns with what happens to runs.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextvars import Context
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Annotated, Any, NamedTuple, Self
+from uuid import UUID
+
+import structlog
+from fastapi import Depends
+from pydantic_core import to_json
+from starlette.requests import HTTPConnection
+
+from switchboard import tracing
+from switchboard.database import Line
+from switchboard.errors import StatementFailed, Unavailable
+from switchboard.settings import Settings
+from switchboard.tasks import end
+
+log = structlog.stdlib.get_logger(__name__)
+
+MAX_WAITING = 1_000
+"""Executions that may wait; beyond it a caller is told to come back."""
+
+MAX_BATCH, MAX_BATCH_BYTES = 100, 8_000_000
+"""Executions in one statement, and what they may weigh."""
+
+_MARGIN = 60.0
+"""Seconds beyond the trigger's own time limits after which its process counts as gone."""
+
+# Each of them is one row, and none is looked for but by its key.
+_ENTER = """
+INSERT INTO executions (id, workflow_id, context_id, name, description, input, idempotency_key, owner, answer_by)
+SELECT id, workflow_id, context_id, name, description, input::jsonb, idempotency_key, owner, now() + $9
+FROM unnest(
+    $1::uuid[], $2::varchar[], $3::varchar[], $4::varchar[], $5::text[], $6::text[], $7::varchar[], $8::varchar[]
+) AS entry (id, workflow_id, context_id, name, description, input, idempotency_key, owner)
+ON CONFLICT (owner, idempotency_key) DO NOTHING
+RETURNING id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class NewExecution:
+    """A request to start a workflow."""
+
+    id: UUID
+    workflow_id: str
+    context_id: str
+    name: str | None
+    description: str | None
+    body: dict[str, Any]
+    idempotency_key: str | None
+    at_once: bool = True
+    """Whether its call is placed by whoever stores it, and now."""
+
+
+def longest_answer(settings: Settings) -> timedelta:
+    """After how long whoever begins to place a call knows what became of it, or is gone."""
+    return timedelta(seconds=2 * settings.happyrobot_trigger_timeout + _MARGIN)
+
+
+class _Entry(NamedTuple):
+    execution: NewExecution
+    owner: str
+    body: str
+    entered: asyncio.Future[bool]
+
+    def answer(self, entered: bool) -> None:
+        if not self.entered.done():
+            self.entered.set_result(entered)
+
+    def fail(self, error: Exception) -> None:
+        if not self.entered.done():
+            self.entered.set_exception(error)
+
+
+class Ledger:
+    """Writes executions down in the order in which they come."""
+
+    def __init__(self, line: Line, settings: Settings) -> None:
+        self._line = line
+        self._longest_answer = longest_answer(settings)
+        self._waiting: deque[_Entry] = deque()
+        self._writing: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    async def enter(self, execution: NewExecution, owner: str) -> bool:
+        """Writes an execution down; whether it is there, and committed.
+
+        Where it is not, there may be one of the same key already, or something in it that PostgreSQL does not take.
+        """
+        if len(self._waiting) >= MAX_WAITING:
+            raise Unavailable("Too many triggers at once")
+        entered: asyncio.Future[bool] = self._loop.create_future()
+        self._waiting.append(_Entry(execution, owner, to_json(execution.body).decode(), entered))
+        if self._writing is None:
+            # In nobody's context, as what the intake writes.
+            self._writing = asyncio.create_task(self._write_all(), context=Context())
+        with tracing.statement(_ENTER):
+            return await entered
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Self]:
+        """Writes until the block ends."""
+        try:
+            yield self
+        finally:
+            if (writing := self._writing) is not None:
+                await end(writing)
+                # Also where it had not begun.
+                self._give_up(list(self._waiting))
+
+    async def _write_all(self) -> None:
+        batch: list[_Entry] = []
+        try:
+            while batch := self._next_batch():
+                await self._write(batch)
+        finally:
+            self._writing = None
+            # Stopped in the middle: nobody is to wait for ever. Those who have their answer keep it.
+            self._give_up((*batch, *self._waiting))
+
+    def _give_up(self, entries: Iterable[_Entry]) -> None:
+        for one in entries:
+            one.entered.cancel()
+        self._waiting.clear()
+
+    def _next_batch(self) -> list[_Entry]:
+        batch: list[_Entry] = []
+        size = 0
+        while self._waiting and len(batch) < MAX_BATCH and size < MAX_BATCH_BYTES:
+            entry = self._waiting.popleft()
+            if not entry.entered.cancelled():  # nobody would place its call
+                batch.append(entry)
+                size += len(entry.body)
+        return batch
+
+    async def _write(self, batch: Sequence[_Entry]) -> None:
+        try:
+            rows = await self._line.fetch(_ENTER, *self._columns(batch), self._longest_answer)
+        except StatementFailed as error:
+            # Who is to blame finds out on the long way; the others have done nothing wrong.
+            if len(batch) == 1:
+                log.warning("execution is written the long way", error=error)
+                batch[0].answer(entered=False)
+            else:
+                for one in batch:
+                    await self._write([one])
+        except Exception as error:  # noqa: BLE001  # every caller waits for an answer, whatever went wrong
+            for one in batch:
+                one.fail(error)
+        else:
+            there = {row[0] for row in rows}
+            for one in batch:
+                one.answer(entered=one.execution.id in there)
+
+    def _columns(self, batch: Sequence[_Entry]) -> Sequence[Sequence[object]]:
+        rows = (
+            (
+                one.execution.id,
+                one.execution.workflow_id,
+                one.execution.context_id,
+                one.execution.name,
+                one.execution.description,
+                one.body,
+                one.execution.idempotency_key,
+                one.owner,
+            )
+            for one in batch
+        )
+        return list(zip(*rows, strict=True))
+
+
+async def _ledger(connection: HTTPConnection) -> Ledger:
+    ledger: Ledger = connection.state.ledger
+    return ledger
+
+
+CurrentLedger = Annotated[Ledger, Depends(_ledger)]
