@@ -304,3 +304,15 @@ async def test_a_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPat
         await response.aclose()
         await to.aclose()
         assert proxy.requests[0].line == "POST http://hooks.example/a HTTP/1.1"
+
+
+async def test_what_is_to_be_unpacked_comes_in_small_parts():
+    packed = gzip.compress(bytes(range(256)) * 4_000, compresslevel=0)
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(packed)}\r\n\r\n".encode()
+    async with saying(says(head + packed)) as server:
+        timeouts = {"connect": 5, "pool": 5, "read": 5, "write": 5}
+        request = httpx.Request("POST", server.url, json={}, extensions={"timeout": timeouts})
+        response = await soon(transport(largest=2_000_000).handle_async_request(request))
+        parts = [len(part) async for part in response.aiter_raw()]
+    assert sum(parts) == len(packed)
+    assert max(parts) <= 16_384

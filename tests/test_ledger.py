@@ -6,7 +6,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database
@@ -16,7 +16,7 @@ from switchboard.runs import ledger
 from switchboard.runs.ledger import Ledger, NewExecution
 from switchboard.settings import Settings
 from switchboard.tables import executions
-from tests.conftest import Servers, Service, new_key, settings_for
+from tests.conftest import Servers, Service, new_key, settings_for, until
 
 
 class Counting(Line):
@@ -46,8 +46,8 @@ def own_settings(database_url: str, servers: Servers) -> Settings:
     return settings_for(database_url, servers.redis_url, None)
 
 
-def new(context_id: str, key: str | None = None, **body: Any) -> NewExecution:
-    return NewExecution(uuid4(), "default", context_id, "A call", "What about", {"a": "ü"} | body, key)
+def new(context_id: str, **body: Any) -> NewExecution:
+    return NewExecution(uuid4(), "default", context_id, "A call", "What about", {"a": "ü"} | body, None)
 
 
 async def written(db: AsyncEngine, context_id: str) -> list[Any]:
@@ -59,11 +59,11 @@ async def written(db: AsyncEngine, context_id: str) -> list[Any]:
 
 
 async def test_one_that_is_entered_is_committed(db: AsyncEngine, line: Line, own_settings: Settings, context_id: str):
-    execution = new(context_id, "a key")
+    execution = new(context_id)
     assert await Ledger(line, own_settings).enter(execution, f"owner {context_id}")
     [row] = await written(db, context_id)
     assert (row.id, row.workflow_id, row.name, row.description) == (execution.id, "default", "A call", "What about")
-    assert (row.input, row.idempotency_key, row.owner) == ({"a": "ü"}, "a key", f"owner {context_id}")
+    assert (row.input, row.idempotency_key, row.owner) == ({"a": "ü"}, None, f"owner {context_id}")
     assert (row.status, row.key_id, row.began_at, row.unconfirmed) == ("pending", None, None, False)
     assert 100 < row.time.total_seconds() <= 120
 
@@ -83,20 +83,6 @@ async def test_those_that_come_while_one_is_written_are_one_statement(
     assert all(await asyncio.gather(first, *others))
     assert counting.sizes == [50, 1, 3]
     assert len(await written(db, context_id)) == 54
-
-
-async def test_of_many_with_one_key_one_is_entered(
-    db: AsyncEngine, counting: Counting, own_settings: Settings, context_id: str
-):
-    book, another = Ledger(counting, own_settings), database.Line(db)
-    books = [book, book, book, Ledger(another, own_settings)]
-    entered = await asyncio.gather(*(each.enter(new(context_id, "key"), context_id) for each in books))
-    assert sorted(entered) == [False, False, False, True]
-    assert counting.sizes == [3]
-    assert not await book.enter(new(context_id, "key"), context_id)
-    assert await book.enter(new(context_id, "key"), f"another than {context_id}")
-    assert len(await written(db, context_id)) == 2
-    await another.hang_up()
 
 
 async def test_what_postgresql_does_not_take_harms_nobody_else(
@@ -156,10 +142,48 @@ async def test_nothing_is_written_down_for_whoever_has_gone(
     assert len(await written(db, context_id)) == 1
 
 
+async def test_what_waits_is_bounded_by_its_size(
+    line: Line, own_settings: Settings, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ledger, "MAX_WAITING_BYTES", 300)
+    book = Ledger(line, own_settings)
+
+    async def enter(*sizes: int) -> list[type[Any]]:
+        new_ones = [book.enter(new(context_id, long="x" * size), "") for size in sizes]
+        return [type(each) for each in await asyncio.gather(*new_ones, return_exceptions=True)]
+
+    assert await enter(100, 100, 100) == [bool, bool, Unavailable]
+    assert await enter(500, 1) == [bool, Unavailable], "one that is alone has all the room there is"
+    assert await enter(100, 100) == [bool, bool]
+
+
+async def test_what_was_written_for_whoever_has_gone_meanwhile_is_taken_back(
+    db: AsyncEngine, counting: Counting, own_settings: Settings, context_id: str
+):
+    book = Ledger(counting, own_settings)
+    counting.go_on.clear()
+    waiting = [asyncio.create_task(book.enter(new(context_id), "")) for _ in range(2)]
+    await until(lambda: counting.sizes == [2])
+    waiting[0].cancel()
+    await asyncio.wait({waiting[0]})
+    counting.go_on.set()
+    assert await waiting[1]
+    await until(lambda: book._writing is None)
+    assert len(await written(db, context_id)) == 1
+
+
+async def test_who_comes_when_it_is_closed_is_sent_away(line: Line, own_settings: Settings, context_id: str):
+    async with Ledger(line, own_settings).running() as book:
+        assert await book.enter(new(context_id), "")
+    with pytest.raises(Unavailable):
+        await book.enter(new(context_id), "")
+
+
 @pytest.mark.parametrize("begun", [False, True])
 async def test_who_still_waits_when_the_service_stops_is_told_nothing(
-    counting: Counting, own_settings: Settings, context_id: str, begun: bool
+    counting: Counting, own_settings: Settings, context_id: str, begun: bool, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(ledger, "_PATIENCE", 0.05)
     counting.go_on.clear()
     async with Ledger(counting, own_settings).running() as book:
         waiting = [asyncio.create_task(book.enter(new(context_id), "")) for _ in range(2)]
@@ -171,7 +195,7 @@ async def test_who_still_waits_when_the_service_stops_is_told_nothing(
     async with asyncio.timeout(5):
         told = await asyncio.gather(*waiting, return_exceptions=True)
     assert {type(each) for each in told} == {asyncio.CancelledError}
-    assert bool(counting.sizes) == begun
+    assert counting.sizes
 
 
 async def test_a_key_s_executions_are_counted_all_the_same(service: Service, db: AsyncEngine, context_id: str):
@@ -182,3 +206,22 @@ async def test_a_key_s_executions_are_counted_all_the_same(service: Service, db:
         for n in range(2)
     ]
     assert [answer.status_code for answer in answers] == [200, 403]
+
+
+async def test_requests_with_a_key_wait_for_each_other_and_for_nobody_else(
+    service: Service, db: AsyncEngine, context_id: str
+):
+    async with db.connect() as conn, conn.begin() as held:
+        stuck = insert(executions).values(
+            id=uuid4(), workflow_id="default", context_id=context_id, input={}, idempotency_key="stuck", owner=""
+        )
+        await conn.execute(stuck)
+        body = {"context_id": context_id}
+        headers = {"Idempotency-Key": "stuck"}
+        waiting = asyncio.create_task(service.http.post("/api/happyrobot/trigger", json=body, headers=headers))
+        locks = text("SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'")
+        async with db.connect() as other:
+            await until(lambda: other.scalar(locks))
+        assert (await service.http.post("/api/happyrobot/trigger", json=body)).status_code == 200
+        await held.rollback()
+    assert (await waiting).status_code == 200

@@ -287,6 +287,9 @@ class HappyRobot:
         except (httpx.HTTPError, TimeoutError) as error:
             # Not sent again: HappyRobot may already have dialled.
             raise Unknown(f"HappyRobot did not answer ({type(error).__name__})") from error
+        except Exception as error:
+            log.exception("a hook was called in a way that nobody foresaw")
+            raise Unknown(f"HappyRobot may not have been reached ({type(error).__name__})") from error
         status = response.status_code
         if status in _NOT_STARTED:
             raise Refused(status, _seconds(response.headers.get("retry-after")))

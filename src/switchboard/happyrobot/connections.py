@@ -4,7 +4,7 @@ import asyncio
 import re
 import ssl
 from asyncio.staggered import staggered_race
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import lru_cache, partial
 from ipaddress import ip_address
 from socket import SOCK_STREAM, socket
@@ -16,6 +16,9 @@ import httpx
 _NEXT_ADDRESS_AFTER = 0.25
 """Seconds that an address of a host has to itself; then the next one is tried beside it."""
 
+_PART = 16_384
+"""Bytes of an answer that are unpacked at once, to a thousand times as many at most."""
+
 _PORTS = {"http": 80, "https": 443}
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
@@ -25,8 +28,9 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 class ConnectsAnew(httpx.AsyncBaseTransport):
     """HTTP/1.1, and nothing that a pool is for.
 
-    What fails before a byte has left raises ConnectError, ConnectTimeout, PoolTimeout, UnsupportedProtocol or
-    LocalProtocolError, and whatever fails later something else. An answer is read to its end at once.
+    What fails before a byte has left raises ConnectError, ConnectTimeout, PoolTimeout or UnsupportedProtocol, but for
+    what can never be sent (LocalProtocolError), and whatever fails later something else. An answer is read to its
+    end at once.
     """
 
     def __init__(self, certificates: ssl.SSLContext, *, at_once: int, largest: int) -> None:
@@ -105,7 +109,7 @@ async def _nearest(addresses: Sequence[tuple[int, Any]]) -> socket:
     nearest: socket | None
     nearest, _, errors = await staggered_race(attempts, _NEXT_ADDRESS_AFTER)
     if nearest is None:
-        raise errors[0] or OSError("no address")
+        raise next(filter(None, errors), OSError("no address"))
     return nearest
 
 
@@ -118,6 +122,18 @@ async def _reach(family: int, address: Any) -> socket:
         reached.close()
         raise
     return reached
+
+
+class _Parts(httpx.AsyncByteStream):
+    """A body that is there, in parts so small that whoever unpacks it can stop in time."""
+
+    def __init__(self, parts: Sequence[bytes]) -> None:
+        self._parts = parts
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for part in self._parts:
+            for start in range(0, len(part), _PART):
+                yield part[start : start + _PART]
 
 
 class _Exchange(asyncio.Protocol):
@@ -192,8 +208,8 @@ class _Exchange(asyncio.Protocol):
 
     def _complete(self) -> None:
         if not self._answer.done():
-            status, body = self._parser.get_status_code(), b"".join(self._body)
-            self._answer.set_result(httpx.Response(status, headers=self._headers, stream=httpx.ByteStream(body)))
+            status = self._parser.get_status_code()
+            self._answer.set_result(httpx.Response(status, headers=self._headers, stream=_Parts(self._body)))
 
     def _fail(self, error: httpx.TransportError) -> None:
         if not self._answer.done():

@@ -1,7 +1,8 @@
 """Where executions are written down that are to be started now: those that come while others are written, together.
 
 Each is committed before its call is placed, and many may wait for that at once. Nobody waits for company, as in the
-intake, beside which it stands: executions need not take turns with what happens to runs.
+intake, beside which it stands: executions need not take turns with what happens to runs. Those with an
+`Idempotency-Key` are not for here: whoever waits to see what another request with the same key does must wait alone.
 """
 
 import asyncio
@@ -21,14 +22,14 @@ from starlette.requests import HTTPConnection
 
 from switchboard import tracing
 from switchboard.database import Line
-from switchboard.errors import StatementFailed, Unavailable
+from switchboard.errors import PostgresAway, StatementFailed, Unavailable
 from switchboard.settings import Settings
 from switchboard.tasks import end
 
 log = structlog.stdlib.get_logger(__name__)
 
-MAX_WAITING = 1_000
-"""Executions that may wait; beyond it a caller is told to come back."""
+MAX_WAITING, MAX_WAITING_BYTES = 1_000, 64_000_000
+"""Executions that may wait, and what they may weigh; beyond it a caller is told to come back."""
 
 MAX_BATCH, MAX_BATCH_BYTES = 100, 8_000_000
 """Executions in one statement, and what they may weigh."""
@@ -36,16 +37,17 @@ MAX_BATCH, MAX_BATCH_BYTES = 100, 8_000_000
 _MARGIN = 60.0
 """Seconds beyond the trigger's own time limits after which its process counts as gone."""
 
-# Each of them is one row, and none is looked for but by its key.
+_PATIENCE = 1.0
+"""Seconds that a statement which is under way gets when the service stops."""
+
 _ENTER = """
-INSERT INTO executions (id, workflow_id, context_id, name, description, input, idempotency_key, owner, answer_by)
-SELECT id, workflow_id, context_id, name, description, input::jsonb, idempotency_key, owner, now() + $9
-FROM unnest(
-    $1::uuid[], $2::varchar[], $3::varchar[], $4::varchar[], $5::text[], $6::text[], $7::varchar[], $8::varchar[]
-) AS entry (id, workflow_id, context_id, name, description, input, idempotency_key, owner)
-ON CONFLICT (owner, idempotency_key) DO NOTHING
-RETURNING id
+INSERT INTO executions (id, workflow_id, context_id, name, description, input, owner, answer_by)
+SELECT id, workflow_id, context_id, name, description, input::jsonb, owner, now() + $8
+FROM unnest($1::uuid[], $2::varchar[], $3::varchar[], $4::varchar[], $5::text[], $6::text[], $7::varchar[])
+    AS entry (id, workflow_id, context_id, name, description, input, owner)
 """
+
+_FORGET = "DELETE FROM executions WHERE id = ANY ($1::uuid[])"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def longest_answer(settings: Settings) -> timedelta:
 class _Entry(NamedTuple):
     execution: NewExecution
     owner: str
-    body: str
+    body: bytes
     entered: asyncio.Future[bool]
 
     def answer(self, entered: bool) -> None:
@@ -90,18 +92,24 @@ class Ledger:
         self._line = line
         self._longest_answer = longest_answer(settings)
         self._waiting: deque[_Entry] = deque()
+        self._waiting_bytes = 0
+        self._closed = False
         self._writing: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
 
     async def enter(self, execution: NewExecution, owner: str) -> bool:
-        """Writes an execution down; whether it is there, and committed.
+        """Writes an execution without a key down; whether it is there, and committed.
 
-        Where it is not, there may be one of the same key already, or something in it that PostgreSQL does not take.
+        Where it is not, there is something in it that PostgreSQL does not take.
         """
-        if len(self._waiting) >= MAX_WAITING:
+        if self._closed:
+            raise Unavailable("The service is restarting")
+        body = to_json(execution.body)
+        if len(self._waiting) >= MAX_WAITING or (self._waiting and self._waiting_bytes + len(body) > MAX_WAITING_BYTES):
             raise Unavailable("Too many triggers at once")
         entered: asyncio.Future[bool] = self._loop.create_future()
-        self._waiting.append(_Entry(execution, owner, to_json(execution.body).decode(), entered))
+        self._waiting.append(_Entry(execution, owner, body, entered))
+        self._waiting_bytes += len(body)
         if self._writing is None:
             # In nobody's context, as what the intake writes.
             self._writing = asyncio.create_task(self._write_all(), context=Context())
@@ -114,7 +122,9 @@ class Ledger:
         try:
             yield self
         finally:
+            self._closed = True
             if (writing := self._writing) is not None:
+                await asyncio.wait({writing}, timeout=_PATIENCE)
                 await end(writing)
                 # Also where it had not begun.
                 self._give_up(list(self._waiting))
@@ -133,12 +143,14 @@ class Ledger:
         for one in entries:
             one.entered.cancel()
         self._waiting.clear()
+        self._waiting_bytes = 0
 
     def _next_batch(self) -> list[_Entry]:
         batch: list[_Entry] = []
         size = 0
         while self._waiting and len(batch) < MAX_BATCH and size < MAX_BATCH_BYTES:
             entry = self._waiting.popleft()
+            self._waiting_bytes -= len(entry.body)
             if not entry.entered.cancelled():  # nobody would place its call
                 batch.append(entry)
                 size += len(entry.body)
@@ -146,7 +158,7 @@ class Ledger:
 
     async def _write(self, batch: Sequence[_Entry]) -> None:
         try:
-            rows = await self._line.fetch(_ENTER, *self._columns(batch), self._longest_answer)
+            await self._line.fetch(_ENTER, *self._columns(batch), self._longest_answer)
         except StatementFailed as error:
             # Who is to blame finds out on the long way; the others have done nothing wrong.
             if len(batch) == 1:
@@ -159,9 +171,15 @@ class Ledger:
             for one in batch:
                 one.fail(error)
         else:
-            there = {row[0] for row in rows}
             for one in batch:
-                one.answer(entered=one.execution.id in there)
+                one.answer(entered=True)
+            await self._forget([one.execution.id for one in batch if one.entered.cancelled()])
+
+    async def _forget(self, execution_ids: Sequence[UUID]) -> None:
+        """Takes back what nobody places any more: left there, somebody might have been called for all one knows."""
+        if execution_ids:
+            with contextlib.suppress(PostgresAway, StatementFailed):
+                await self._line.fetch(_FORGET, execution_ids)
 
     def _columns(self, batch: Sequence[_Entry]) -> Sequence[Sequence[object]]:
         rows = (
@@ -171,8 +189,7 @@ class Ledger:
                 one.execution.context_id,
                 one.execution.name,
                 one.execution.description,
-                one.body,
-                one.execution.idempotency_key,
+                one.body.decode(),
                 one.owner,
             )
             for one in batch

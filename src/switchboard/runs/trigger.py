@@ -165,11 +165,11 @@ async def start(
 
 
 async def _entered(ledger: Ledger, settings: Settings, caller: Caller, execution: NewExecution) -> Workflow | None:
-    """Stores a request for which nothing has to be looked up: nobody's, for the workflow that is in the settings.
+    """Stores a request for which nothing has to be looked up: nobody's, without a key, for the settings' workflow.
 
     None where it is not stored.
     """
-    if caller.key is not None or execution.workflow_id != DEFAULT_WORKFLOW:
+    if caller.key is not None or execution.idempotency_key is not None or execution.workflow_id != DEFAULT_WORKFLOW:
         return None
     workflow = default(settings)
     if workflow is None or not await ledger.enter(execution, caller.owner(execution.context_id)):
