@@ -61,6 +61,11 @@ class Connection(asyncio.Protocol):
         except TimeoutError:
             return 0
 
+    @property
+    def gone(self) -> bool:
+        """Whether the other side has closed it."""
+        return self._transport is None
+
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
@@ -86,7 +91,7 @@ class Connection(asyncio.Protocol):
 
 async def steadily(port: int, callbacks: Sequence[Callback], rate: float) -> int:
     """Sends so many a second; how many were not answered 2xx."""
-    free: asyncio.Queue[Connection] = asyncio.Queue()
+    free: asyncio.LifoQueue[Connection] = asyncio.LifoQueue()  # few are idle for so long that they are closed
     for _ in range(_CONNECTIONS):
         free.put_nowait(await Connection.to(port))
     loop = asyncio.get_running_loop()
@@ -96,6 +101,8 @@ async def steadily(port: int, callbacks: Sequence[Callback], rate: float) -> int
         after = number / rate
         await asyncio.sleep(began + after - loop.time())
         connection = await free.get()
+        if connection.gone:
+            connection = await Connection.to(port)
         try:
             return await connection.ask(callback(began_us + round(after * 1e6)))
         finally:
