@@ -389,6 +389,19 @@ async def test_one_that_was_cut_is_replaced_before_anybody_notices(
             assert await conn.scalar(text("SELECT 1")) == 1
 
 
+async def test_one_that_does_not_answer_is_given_to_nobody(database_url: str, monkeypatch: pytest.MonkeyPatch):
+    engine = database.connect(database_url, pool_size=1)
+    line = Line(engine)
+    pid = await _pid(line)
+    driver: Any = line._driver
+    monkeypatch.setattr(database, "_is_doubtful", lambda connection, _: connection is driver)
+    monkeypatch.setattr(driver, "fetchrow", AsyncMock(side_effect=TimeoutError))
+    monkeypatch.setattr(engine.sync_engine.dialect, "do_ping", lambda _: True)
+    assert await _pid(line) != pid
+    await line.hang_up()
+    await engine.dispose()
+
+
 async def test_one_that_is_cut_in_the_middle_says_that_postgresql_is_away(db: AsyncEngine, line: Line):
     pid = await _pid(line)
     waiting = asyncio.create_task(line.fetch("SELECT pg_sleep(30)"))

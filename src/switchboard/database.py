@@ -4,6 +4,7 @@ import select
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import lru_cache
 from typing import Annotated, Any, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -123,6 +124,15 @@ def _see_whether_they_are_there(engine: AsyncEngine) -> None:
         record.info["used_at"] = time.monotonic()
 
 
+@lru_cache(maxsize=8)
+def singly(db: AsyncEngine) -> AsyncEngine:
+    """Its connections are for statements each of which stands for itself, and share the pool.
+
+    A transaction around them would show them nothing else, and its begin and end take as long as a short statement.
+    """
+    return db.execution_options(isolation_level="AUTOCOMMIT")
+
+
 def measure(engine: AsyncEngine) -> None:
     """Notes how many connections of an engine are used whenever one is taken or brought back."""
     pool = cast("QueuePool", engine.sync_engine.pool)
@@ -222,7 +232,7 @@ class Line:
 
     async def _connect(self) -> None:
         if self._conn is not None and not await self._is_there():
-            await self.hang_up()
+            await self.hang_up(broken=True)
         if self._conn is None:
             self._conn = await self._db.connect()
             self._driver = (await self._conn.get_raw_connection()).driver_connection

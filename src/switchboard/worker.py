@@ -15,7 +15,7 @@ from pgqueuer.models import Schedule
 from sqlalchemy.exc import SQLAlchemyError
 
 from switchboard import jobs, tracing
-from switchboard.database import dsn
+from switchboard.database import dsn, singly
 from switchboard.deliveries.delivering import Deliverer
 from switchboard.errors import will_pass
 from switchboard.leaving import LAST_NEWS, SIGNALS, UNDER_WAY
@@ -118,8 +118,6 @@ class _Worker:
         self._state = state
         self._leaving = state["leaving"]
         reconciler = Reconciler(state["settings"], state["db"], state["happyrobot"], state["lookups"], state["intake"])
-        # A single statement needs no transaction around it, each of whose ends takes as long.
-        self._db = state["db"].execution_options(isolation_level="AUTOCOMMIT")
         # Many may be put off at once, and requests need connections, too.
         self._ranking = asyncio.Semaphore(2)
         settings, db, happyrobot, intake = state["settings"], state["db"], state["happyrobot"], state["intake"]
@@ -198,7 +196,7 @@ class _Worker:
             if again is None:
                 return
             with contextlib.suppress(SQLAlchemyError, OSError):  # then it comes up a little too early or too late
-                async with self._ranking, self._db.connect() as conn:
+                async with self._ranking, singly(self._state["db"]).connect() as conn:
                     await jobs.rank_behind(conn, job.id, again)
             raise RetryRequested(timedelta(seconds=again))
 

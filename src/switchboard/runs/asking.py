@@ -5,6 +5,7 @@ from functools import partial
 from sqlalchemy import func, or_, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from switchboard.database import singly
 from switchboard.events import NewEvent
 from switchboard.happyrobot.lookups import TakeIn
 from switchboard.happyrobot.records import RunRecord
@@ -51,7 +52,7 @@ async def _note(db: AsyncEngine, run_id: str) -> None:
     """Notes that HappyRobot still knows the run: it is not lost, however silent."""
     long_ago = or_(agent_runs.c.heard_at.is_(None), agent_runs.c.heard_at < func.now() - _OFTEN_ENOUGH)
     # A single statement: should the network go now, the row is not left locked.
-    async with db.execution_options(isolation_level="AUTOCOMMIT").connect() as conn:
+    async with singly(db).connect() as conn:
         await conn.execute(
             update(agent_runs).where(agent_runs.c.run_id == run_id, long_ago).values(heard_at=func.now())
         )

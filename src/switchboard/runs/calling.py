@@ -10,7 +10,7 @@ from starlette.requests import HTTPConnection, Request
 
 from switchboard.access.callers import Caller, Reader, Starter, caller_of, starter
 from switchboard.bodies import Id, body_of, check, parse, read
-from switchboard.database import Db
+from switchboard.database import Db, singly
 from switchboard.direct import DirectRoute
 from switchboard.errors import described
 from switchboard.events import IdOfRun, Timestamp
@@ -20,7 +20,7 @@ from switchboard.happyrobot.records import Recording
 from switchboard.runs.cancel import Canceler
 from switchboard.runs.details import DetailsOut, details, recordings
 from switchboard.runs.intake import CurrentIntake
-from switchboard.runs.queries import find_run, found, platform_link, reading
+from switchboard.runs.queries import find_run, found, platform_link
 from switchboard.runs.reading import PlatformUrl, RunId
 from switchboard.runs.status import Standing, advance
 from switchboard.runs.trigger import IdempotencyKey, TriggerIn, TriggerOut, UnconfirmedOut, checked_key, start
@@ -237,5 +237,5 @@ async def cancel(
 
 
 async def _find(db: AsyncEngine, caller: Caller, run_id: str) -> Row[Any]:
-    async with reading(db).connect() as conn:
+    async with singly(db).connect() as conn:
         return found(await find_run(conn, run_id, caller.sight))

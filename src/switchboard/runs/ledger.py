@@ -12,13 +12,11 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 from uuid import UUID
 
 import structlog
-from fastapi import Depends
 from pydantic_core import to_json
-from starlette.requests import HTTPConnection
 
 from switchboard import tracing
 from switchboard.database import Line
@@ -195,11 +193,3 @@ class Ledger:
             for one in batch
         )
         return list(zip(*rows, strict=True))
-
-
-async def _ledger(connection: HTTPConnection) -> Ledger:
-    ledger: Ledger = connection.state.ledger
-    return ledger
-
-
-CurrentLedger = Annotated[Ledger, Depends(_ledger)]

@@ -1,7 +1,6 @@
 """Reading runs."""
 
 import base64
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -28,7 +27,7 @@ from sqlalchemy import (
     tuple_,
 )
 from sqlalchemy.dialects.postgresql import JSON
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.errors import BadRequest, NotFound
 from switchboard.happyrobot.addresses import platform_url
@@ -109,15 +108,6 @@ _RUNS: Select[Any] = select(
     workflows.c.org_slug,
     workflows.c.platform_id,
 ).select_from(agent_runs.outerjoin(workflows, workflows.c.id == agent_runs.c.workflow_id))
-
-
-@functools.lru_cache(maxsize=8)
-def reading(db: AsyncEngine) -> AsyncEngine:
-    """Its connections are for statements each of which stands for itself, and share the pool.
-
-    A transaction around them would show them nothing else, and its begin and end take as long as a short statement.
-    """
-    return db.execution_options(isolation_level="AUTOCOMMIT")
 
 
 def platform_link(settings: Settings, run: Row[Any]) -> str | None:

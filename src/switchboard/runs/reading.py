@@ -11,7 +11,7 @@ from sqlalchemy import Row
 
 from switchboard.access.callers import Reader
 from switchboard.bodies import Id, ShortText
-from switchboard.database import Db
+from switchboard.database import Db, singly
 from switchboard.errors import described
 from switchboard.events import (
     EventOut,
@@ -25,7 +25,7 @@ from switchboard.events import (
     read_events,
 )
 from switchboard.pages import link_next
-from switchboard.runs.queries import Cursor, Filter, find_run, found, list_runs, metadata_of, platform_link, reading
+from switchboard.runs.queries import Cursor, Filter, find_run, found, list_runs, metadata_of, platform_link
 from switchboard.settings import CurrentSettings, Settings
 from switchboard.tables import RunStatus
 
@@ -154,7 +154,7 @@ async def runs(
     """A page of runs. `Link` leads to the next one, if there is one."""
     # A frontend that builds `?context_id=` from an empty field means no filter.
     wanted = Filter(context_id or None, status, workflow_id or None)
-    async with reading(db).connect() as conn:
+    async with singly(db).connect() as conn:
         rows = await list_runs(
             conn, wanted, caller.sight, limit=limit + 1, cursor=Cursor.decode(cursor) if cursor is not None else None
         )
@@ -174,7 +174,7 @@ async def runs(
 )
 async def run(db: Db, settings: CurrentSettings, caller: Reader, run_id: RunId) -> Response:
     """One run with its logs, result and error."""
-    async with reading(db).connect() as conn:
+    async with singly(db).connect() as conn:
         row = found(await find_run(conn, run_id, caller.sight))
         metadata = await metadata_of(conn, [row])
     return _json(_run_out(settings, row, metadata[run_id]))
@@ -198,7 +198,7 @@ async def timeline(
     limit: Annotated[int, Query(ge=1, le=1000, description="So many at most.")] = 500,
 ) -> Response:
     """Everything that happened to a run, oldest first. `Link` leads to what follows, if there is more."""
-    async with reading(db).connect() as conn:
+    async with singly(db).connect() as conn:
         scope = Scope(caller.sight, run_id=run_id)
         events = await read_events(conn, scope, after=after, limit=limit + 1, up_to=up_to)
         if not events:

@@ -8,12 +8,12 @@ from sqlalchemy import ColumnElement, Float, Select, and_, cast, exists, extract
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import metrics
+from switchboard.database import singly
 from switchboard.events import NewEvent
 from switchboard.happyrobot.client import BACKGROUND, HappyRobot, NoAnswer
 from switchboard.happyrobot.lookups import Lookups
 from switchboard.runs import archive
 from switchboard.runs.intake import Intake
-from switchboard.runs.queries import reading
 from switchboard.runs.status import Standing
 from switchboard.settings import Settings
 from switchboard.tables import FINAL, ApprovalStatus, RunStatus, agent_runs, approvals, run_events, run_records
@@ -124,7 +124,7 @@ _WATCH: Select[tuple[str, bool, float, float, int, bool, bool]] = select(
 
 
 async def _watch(db: AsyncEngine, run_id: str) -> Watch | None:
-    async with reading(db).connect() as conn:
+    async with singly(db).connect() as conn:
         row = (await conn.execute(_WATCH.where(agent_runs.c.run_id == run_id))).one_or_none()
     if row is None:
         return None
