@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import socket
 import ssl
@@ -17,6 +18,7 @@ import pytest
 from switchboard.happyrobot import client, connections
 from switchboard.happyrobot.client import _NEVER_LEFT
 from switchboard.happyrobot.connections import ConnectsAnew, _nearest
+from tests.conftest import until
 from tests.receiver import receiving
 from tests.test_sender import certificate
 
@@ -187,6 +189,23 @@ async def test_an_answer_is_waited_for_no_longer_than_was_asked():
         with pytest.raises(httpx.ReadTimeout):
             await ask(server.url, patience=0.05)
         await soon(server.gone.wait())
+
+
+async def test_a_connection_leaves_nothing_for_the_garbage_collector():
+    def exchanges() -> int:
+        return sum(isinstance(each, connections._Exchange) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        async with saying(says(OK)) as server:
+            for _ in range(10):
+                server.gone.clear()
+                assert (await ask(server.url)).content == b"OK"
+                await soon(server.gone.wait())
+            await until(lambda: exchanges() == 0)
+    finally:
+        gc.enable()
 
 
 async def test_whoever_stops_waiting_hangs_up():

@@ -12,7 +12,6 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from structlog.contextvars import bound_contextvars, get_contextvars
 
 from switchboard import database
 from switchboard.breaker import Breaker
@@ -23,6 +22,7 @@ from switchboard.leaving import Leaving
 from switchboard.live.announcer import Announcer
 from switchboard.live.channel import Channel
 from switchboard.live.messages import unpack
+from switchboard.logs import bound
 from switchboard.runs import intake
 from switchboard.runs.intake import Intake
 from switchboard.runs.sorting import Duplicate, Held, Recorded
@@ -112,7 +112,7 @@ async def test_connections_that_were_cut_are_replaced(service: Service, db: Asyn
     async with db.connect() as conn:
         await conn.execute(
             text(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
                 "WHERE datname = current_database() AND pid <> pg_backend_pid()"
             )
         )
@@ -153,7 +153,7 @@ async def test_connections_that_were_cut_in_the_pool_are_replaced(
         drivers: list[Any] = [(await each.get_raw_connection()).driver_connection for each in (one, another)]
     if said == "at once":
         async with db.connect() as conn:
-            cut = text("SELECT pg_terminate_backend(pid) FROM unnest(CAST(:pids AS int[])) AS pid")
+            cut = text("SELECT pg_terminate_backend(pid, 10000) FROM unnest(CAST(:pids AS int[])) AS pid")
             await conn.execute(cut, {"pids": pids})
         await until(lambda: all(driver.is_closed() for driver in drivers))
     else:
@@ -283,12 +283,13 @@ async def test_what_is_written_together_is_written_in_nobody_s_name(
     genuine = getattr(intake, way)
 
     async def watched(*arguments: Any, **named: Any) -> Any:
-        names.append(get_contextvars())
+        names.append(dict(bound.current()))
         return await genuine(*arguments, **named)
 
     monkeypatch.setattr(intake, way, watched)
-    with bound_contextvars(request_id="of the one who came first"):
-        await Intake(line, Silent(), Leaving()).take(new(run_id))
+    saying = bound.begin(request_id="of the one who came first")
+    await Intake(line, Silent(), Leaving()).take(new(run_id))
+    bound.end(saying)
     assert names == [{}]
 
 

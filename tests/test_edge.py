@@ -1,8 +1,10 @@
 """What every request and every answer has in common."""
 
 import asyncio
+import contextlib
+import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,12 +15,11 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from structlog.contextvars import get_contextvars
-from structlog.testing import capture_logs
 
 from switchboard import edge, errors, logs
 from switchboard.direct import Application, DirectRoute
 from switchboard.errors import Conflict, PostgresAway
+from switchboard.logs.bound import current
 from switchboard.settings import Settings
 from tests.conftest import Servers, Service, new_key, running_service, serving, settings_for
 
@@ -36,6 +37,27 @@ ALWAYS = {
 }
 
 
+@contextlib.contextmanager
+def logged() -> Iterator[list[dict[str, Any]]]:
+    """What our modules log in the block, in whichever way."""
+    lines: list[dict[str, Any]] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            assert isinstance(record.msg, dict)
+            lines.append({**record.msg, "log_level": record.levelname.lower()})
+
+    logger, keeper = logging.getLogger("switchboard"), Keeper()
+    level = logger.level
+    logger.addHandler(keeper)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(keeper)
+        logger.setLevel(level)
+
+
 def application(**settings: Any) -> FastAPI:
     """Nothing but the edge, and behind it everything that can happen."""
     app = FastAPI()
@@ -45,7 +67,7 @@ def application(**settings: Any) -> FastAPI:
     @app.get("/api/things/{thing}")
     async def thing(request: Request) -> dict[str, Any]:
         assert request.client is not None
-        return {"client": request.client.host, "scheme": request.url.scheme, "bound": get_contextvars()}
+        return {"client": request.client.host, "scheme": request.url.scheme, "bound": dict(current())}
 
     @app.get("/api/broken/{what}")
     async def broken() -> None:
@@ -134,7 +156,7 @@ async def test_two_requests_have_two_ids_and_leave_none_behind():
     async with client(application()) as http:
         made = {(await http.get("/api/things/1")).headers["x-request-id"] for _ in range(3)}
     assert len(made) == 3
-    assert get_contextvars() == {}
+    assert dict(current()) == {}
 
 
 # Errors that nobody expected.
@@ -143,7 +165,7 @@ async def test_two_requests_have_two_ids_and_leave_none_behind():
 @pytest.mark.parametrize("path", ["/api/broken/1", "/api/refused"])
 async def test_an_unexpected_error_is_answered_and_logged_once(path: str):
     async with client(application()) as http:
-        with capture_logs() as lines:
+        with logged() as lines:
             answer = await http.get(path, headers={"Origin": LISTED})
     assert (answer.status_code, answer.json()) == (500, {"error": "Internal server error"})
     assert answer.headers.items() >= ALWAYS.items()
@@ -172,7 +194,7 @@ async def test_an_answer_that_breaks_off_is_logged_and_not_completed():
         "client": None,
         "query_string": b"",
     }
-    with capture_logs() as lines:
+    with logged() as lines:
         await application()(scope, nothing, remember)
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[-1]["more_body"]
@@ -217,7 +239,7 @@ async def test_a_request_that_waits_behind_another_is_not_taken_for_its(
 )
 async def test_a_request_is_a_line_without_its_path(path: str, route: str, status: int):
     async with client(application()) as http:
-        with capture_logs() as lines:
+        with logged() as lines:
             await http.get(path)
     line = lines[-1]
     assert line.pop("ms") >= 0
@@ -226,7 +248,7 @@ async def test_a_request_is_a_line_without_its_path(path: str, route: str, statu
 
 
 async def test_routes_of_the_service_are_logged_by_their_templates(service: Service, run_id: str, context_id: str):
-    with capture_logs() as lines:
+    with logged() as lines:
         await service.http.get(f"/api/happyrobot/runs/{run_id}")
         await service.http.delete(f"/api/happyrobot/runs/{run_id}")
         await service.http.get("/api/nowhere")
@@ -280,7 +302,7 @@ def direct(*, listed: bool) -> Application:
             case "hang up":
                 raise ClientDisconnect
             case _:
-                return JSONResponse({"path": request.url.path, "bound": sorted(get_contextvars())})
+                return JSONResponse({"path": request.url.path, "bound": sorted(dict(current()))})
 
     route = DirectRoute("/api/direct", answer, methods=["POST"])
     app.router.routes.append(route)
@@ -295,7 +317,7 @@ async def test_a_direct_route_answers_as_it_would_by_the_router(method: str, do:
     answers = []
     for listed in (True, False):
         async with client(direct(listed=listed)) as http:
-            with capture_logs() as lines:
+            with logged() as lines:
                 answer = await http.request(method, "/api/direct", headers={"do": do, "Origin": LISTED})
         headers = {name: value for name, value in answer.headers.items() if name != "x-request-id"}
         last = {name: value for name, value in lines[-1].items() if name != "ms"}

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote, quote_plus, urlsplit, urlunsplit
@@ -32,6 +33,7 @@ from sqlalchemy.exc import IntegrityError
 from switchboard import local, logs
 from switchboard import migrate as migrations
 from switchboard.errors import PUBLIC, NotFound, PostgresAway
+from switchboard.logs import bound
 from switchboard.logs.redaction import REDACTED, redactor
 from switchboard.logs.traces import told, trace
 from switchboard.settings import Settings
@@ -42,6 +44,7 @@ Lines = Callable[..., list[str]]
 
 log = structlog.stdlib.get_logger("switchboard.somewhere")
 foreign = logging.getLogger("somebody.else")
+harmless = partial(logs.harmless, logging.getLogger("switchboard.somewhere"), logging.INFO)
 
 PRODUCTION = {"environment": "production", "app_url": "https://switchboard.example"}
 
@@ -81,8 +84,9 @@ def test_in_production_a_line_is_json(configured: Lines):
     execution_id = uuid4()
 
     def work() -> None:
-        with structlog.contextvars.bound_contextvars(request_id="r-1"):
-            log.warning("execution unconfirmed", execution_id=execution_id, tries=2, seconds=0.5, more={"a": [None]})
+        saying = bound.begin(request_id="r-1")
+        log.warning("execution unconfirmed", execution_id=execution_id, tries=2, seconds=0.5, more={"a": [None]})
+        bound.end(saying)
 
     line = only(configured(work, **PRODUCTION))
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("timestamp"))
@@ -156,14 +160,16 @@ def test_it_can_be_configured_again_and_touches_no_other_handler(configured: Lin
     assert only(configured(lambda: log.warning("once"), **PRODUCTION))["event"] == "once"
 
 
-HARMLESS = logs.Harmless("request")
-
-
 @pytest.mark.parametrize("more", [PRODUCTION, {}])
 def test_a_harmless_line_is_like_any_other(configured: Lines, more: dict[str, Any]):
-    def say(event: str) -> None:
-        with structlog.contextvars.bound_contextvars(request_id="1"):
-            log.info(event, method="GET", status=200, ms=0.5)
+    def say(kind: str) -> None:
+        saying = bound.begin(request_id="1")
+        fields = {"method": "GET", "status": 200, "ms": 0.5}
+        if kind == "usual":
+            log.info("request", **fields)
+        else:
+            harmless("request", **fields)
+        bound.end(saying)
 
     def told(line: str) -> Any:
         if not more:
@@ -172,9 +178,10 @@ def test_a_harmless_line_is_like_any_other(configured: Lines, more: dict[str, An
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", found.pop("timestamp"))
         return found
 
-    [short] = configured(lambda: say(HARMLESS), log_level="info", **more)
-    [usual] = configured(lambda: say("request"), log_level="info", **more)
+    [short] = configured(lambda: say("short"), log_level="info", **more)
+    [usual] = configured(lambda: say("usual"), log_level="info", **more)
     assert told(short) == told(usual)
+    assert configured(lambda: say("short"), log_level="warning", **more) == []
 
 
 def test_harmless_lines_of_one_moment_are_written_together_and_before_what_follows(
@@ -184,10 +191,10 @@ def test_harmless_lines_of_one_moment_are_written_together_and_before_what_follo
 
     async def say() -> None:
         for number in range(3):
-            log.info(HARMLESS, number=number)
+            harmless("request", number=number)
         assert written == []
         log.info("other")
-        log.info(HARMLESS, number=4)
+        harmless("request", number=4)
         await asyncio.sleep(0)
 
     logs.configure(settings(log_level="info", **PRODUCTION))
@@ -199,7 +206,7 @@ def test_harmless_lines_of_one_moment_are_written_together_and_before_what_follo
 
 def test_what_was_kept_when_the_process_ends_is_written(configured: Lines):
     async def say() -> None:
-        log.info(HARMLESS)
+        harmless("request")
 
     logs.configure(settings(log_level="info", **PRODUCTION))
     loop = asyncio.new_event_loop()
@@ -209,9 +216,16 @@ def test_what_was_kept_when_the_process_ends_is_written(configured: Lines):
 
 
 def test_pytest_sees_our_lines(configured: Lines, caplog: pytest.LogCaptureFixture):
-    configured(lambda: log.warning("job waits", subject="run_1"))
-    [record] = caplog.records
-    assert record.msg == {"event": "job waits", "subject": "run_1"}
+    def say() -> None:
+        log.warning("job waits", subject="run_1")
+        harmless("request", status=200)
+
+    configured(say, log_level="info")
+    waits, request = caplog.records
+    assert waits.msg == {"event": "job waits", "subject": "run_1"}
+    assert request.msg == {"event": "request", "status": 200}
+    assert (request.name, request.levelname, request.getMessage()) == (waits.name, "INFO", str(request.msg))
+    assert abs(request.created - waits.created) < 60
 
 
 def test_a_line_that_cannot_be_written_says_no_more_than_whose_it_was(configured: Lines):

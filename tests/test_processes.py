@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -13,10 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from httpx_sse import aconnect_sse
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from switchboard import __version__, local
+from switchboard import __version__, app, local
 from switchboard.tables import run_events
 from tests.conftest import APP_SECRET, HOOK_KEY, Said, Servers, insert_run, new_database, rows_of
 
@@ -384,3 +386,21 @@ def test_processes_without_a_folder_for_their_metrics_say_so(monkeypatch: pytest
 def test_a_child_that_does_not_start_is_noticed():
     with pytest.raises(local.ChildFailed, match="`switchboard nonsense` did not start"), local.child("nonsense"):
         pass
+
+
+@pytest.mark.parametrize(("make", "works"), [(app.alone, True), (app.alone_without_worker, False)])
+def test_a_process_of_its_own_does_not_search_what_it_begins_with_for_garbage(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], FastAPI], works: bool
+):
+    made: list[bool] = []
+    monkeypatch.setattr(app, "create_app", lambda *, worker=True: made.append(worker))
+    thresholds, frozen = gc.get_threshold(), gc.get_freeze_count()
+    gc.set_threshold(700)
+    try:
+        make()
+        assert gc.get_freeze_count() > frozen
+        assert gc.get_threshold()[0] > 10_000
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
+    assert made == [works]

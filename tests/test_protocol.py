@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import re
@@ -16,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import Response, StreamingResponse
 from structlog.testing import capture_logs
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from switchboard import bodies, edge, errors, protocol
 from switchboard.leaving import Leaving
@@ -48,6 +50,7 @@ ANSWERS: dict[str, Callable[[], Response]] = {
     "too short": lambda: Raw(b"whole", (b"content-length", b"6")),
     "too long": lambda: Raw(b"whole", (b"content-length", b"4")),
     "two lengths": lambda: Raw(b"whole", (b"content-length", b"5"), (b"content-length", b"6")),
+    "two lengths, the other way round": lambda: Raw(b"whole", (b"content-length", b"6"), (b"content-length", b"5")),
     "closing": lambda: Response("whole", headers={"Connection": "close"}),
     "nothing": lambda: Response(status_code=204),
     "a line of its own": lambda: Raw(b"whole", (b"content-length", b"5"), (b"x", b"1\r\nx-more: 2")),
@@ -733,6 +736,23 @@ async def test_pipelined_requests_are_answered_in_order(patient: Server):
         requests = [GET[:-2] + b"Last: %d\r\n\r\n" % number for number in range(100)]
         await client.send(b"".join(requests))
         assert [(await client.answer())[2]["last"] for _ in requests] == [str(number) for number in range(100)]
+
+
+async def test_a_request_leaves_nothing_for_the_garbage_collector(patient: Server):
+    def requests() -> int:
+        return sum(isinstance(each, RequestResponseCycle) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        async with patient.client() as client:
+            for request in (GET, b"POST /body HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\n{}") * 10:
+                await client.send(request)
+                assert (await client.answer())[0] == 200
+            # A connection knows its last one.
+            assert requests() <= 1
+    finally:
+        gc.enable()
 
 
 async def test_a_request_may_come_byte_by_byte_and_the_connection_is_kept(patient: Server):

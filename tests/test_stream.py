@@ -328,12 +328,19 @@ async def test_without_redis_streams_keep_up_from_postgresql(
         assert [event["data"] for event in await take(far, 3)] == [0, 1, 2]
 
 
+async def is_heard(redis: Redis, channel: str) -> bool:
+    """Whether somebody listens to a channel."""
+    [(_, count)] = await redis.pubsub_numsub(channel)
+    return bool(count)
+
+
 async def test_nonsense_on_the_channel_stops_nobody(
     service: Service, servers: Servers, db: AsyncEngine, run_id: str, context_id: str
 ):
     redis = Redis.from_url(servers.redis_url)
     channel = await Channel(db).name()
     async with service.stream(context_id=context_id) as stream:
+        await until(lambda: is_heard(redis, channel))
         for nonsense in (b"hello", b"", b"1 2\n{}", b"\xff", b'5 5\n{"id": "x"}'):
             assert await redis.publish(channel, nonsense) >= 1
         await service.callback(run_id, "log", 1)
@@ -396,10 +403,44 @@ async def test_a_subscription_that_went_deaf_is_replaced(
     server = await asyncio.start_server(swallow, "127.0.0.1", 0)
     async with server:
         redis = Redis(port=server.sockets[0].getsockname()[1], socket_timeout=None, protocol=2, driver_info=None)
-        async with Hub(db, redis, Channel(db)).running(), asyncio.timeout(20):
+        hub = Hub(db, redis, Channel(db))
+        async with hub.running(), hub.following(Scope(EVERYTHING)), asyncio.timeout(20):
             while connections < 3:  # noqa: ASYNC110  # it counts what comes from outside
                 await asyncio.sleep(0.01)
         await redis.aclose()
+
+
+async def test_what_nobody_reads_is_not_listened_to(
+    db: AsyncEngine, servers: Servers, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hubs, "_QUIET", 0.02)
+    monkeypatch.setattr(hubs, "_LINGER", 0.3)
+    monkeypatch.setattr(hubs, "_LOOK_EVERY", 3600)
+    redis = Redis.from_url(servers.redis_url)
+    name = str(uuid4())
+    channel = Channel(db)
+    monkeypatch.setattr(channel, "_name", name)  # other services of this database may still listen to theirs
+
+    async def is_quiet() -> bool:
+        return not await is_heard(redis, name)
+
+    hub = Hub(db, redis, channel)
+    async with hub.running(), asyncio.timeout(20):
+        for number in range(2):
+            assert await is_quiet()
+            async with hub.following(Scope(EVERYTHING, context_id)) as follower:
+                # Whether it listens already or not, what another process writes is not missed.
+                run_id = await insert_run(db, context_id)
+                async with db.begin() as conn:
+                    written = await write(conn, [NewEvent(run_id, "log", number)])
+                await redis.publish(name, messages.pack([Frame.of(event) for event in written.events]))
+                assert [frame.event.data for frame in await follower.read() or ()] == [number]
+                await until(lambda: is_heard(redis, name))
+            # A page that is loaded again finds it as it was.
+            async with hub.following(Scope(EVERYTHING, context_id)):
+                assert await is_heard(redis, name)
+            await until(is_quiet)
+    await redis.aclose()
 
 
 async def test_messages_that_pile_up_are_dropped_and_read_from_postgresql(

@@ -60,11 +60,12 @@ def parse(raw: bytes) -> Any:
 
 async def read(request: Request) -> bytes:
     """The body's bytes; stops reading as soon as there are too many, or they are too slow to come."""
-    settings: Settings = request.state.settings
+    state = request.scope["state"]
+    settings: Settings = state["settings"]
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) >= settings.max_body_size:
         raise _too_large(settings)
-    if request.scope["state"].get("arrived", _not_yet)():
+    if state.get("arrived", _not_yet)():
         # With its head, as most do: there is nothing to wait for.
         message = await request.receive()
         if len(body := message.get("body", b"")) >= settings.max_body_size:

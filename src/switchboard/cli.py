@@ -161,7 +161,7 @@ def serve(
             typer.echo(f"HAPPYROBOT_WEBHOOK_URL is not set: calls go to the simulator on {simulator}", err=True)
         typer.echo(f"Switchboard {__version__} listens on {address}")
         config = uvicorn.Config(
-            "switchboard.app:create_app" if worker else "switchboard.app:without_worker",
+            "switchboard.app:alone" if worker else "switchboard.app:alone_without_worker",
             factory=True,
             workers=workers,
             loop="uvloop",

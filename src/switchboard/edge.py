@@ -6,6 +6,7 @@ of the routes, so that a 404, a 405 or a preflight is no exception.
 """
 
 import asyncio
+import logging
 import random
 import re
 import time
@@ -20,14 +21,14 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from structlog.contextvars import bind_contextvars, clear_contextvars, reset_contextvars
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from switchboard import errors, metrics
-from switchboard.logs import Harmless
+from switchboard.logs import bound, harmless
 from switchboard.settings import Settings
 
 log = structlog.stdlib.get_logger(__name__)
+_requests = logging.getLogger(__name__)
 
 REQUEST_ID = "X-Request-ID"
 _REQUEST_ID = REQUEST_ID.lower().encode()
@@ -165,7 +166,7 @@ def _host(host: str) -> str | None:
     return None if address is None else str(address)
 
 
-_REQUEST = Harmless("request")
+_STREAM = b"text/event-stream"
 
 
 class Edge:
@@ -174,7 +175,8 @@ class Edge:
     def __init__(self, app: ASGIApp, *, headers: dict[str, str]) -> None:
         self._app = app
         self._usual = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-        self._usual_in_api = [*self._usual, (b"cache-control", b"no-store")]
+        # There are few kinds of answers.
+        self._missing = lru_cache(100)(self._missing_beside)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -190,27 +192,27 @@ class Edge:
             nonlocal status, is_stream
             if message["type"] == "http.response.start":
                 status = message["status"]
+                headers = message.get("headers", ())
+                is_stream = any(name == b"content-type" and value.startswith(_STREAM) for name, value in headers)
                 # Not changed in place: an answer may be given more than once.
-                headers = message["headers"] = self._completed(message.get("headers", ()), scope, request_id)
-                is_stream = any(
-                    name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers
-                )
+                message["headers"] = self._completed(headers, scope, request_id)
             await send(message)
 
-        # A request that waited behind another one begins in its context.
-        clear_contextvars()
-        bound = bind_contextvars(request_id=request_id)
+        saying = bound.begin(request_id=request_id)
         try:
             await self._app(scope, receive, answer)
         finally:
             took = time.perf_counter() - began
             route = _route(scope)
             metrics.count_request(scope["method"], route, status, None if is_stream else took)
-            note = log.debug if route in _ASKED_ALL_THE_TIME else log.info
-            # An id that somebody has sent may be anything, such as a phone number.
-            what = "request" if given else _REQUEST
-            note(what, method=scope["method"], route=route, status=status, ms=round(took * 1000, 1))
-            reset_contextvars(**bound)
+            level = logging.DEBUG if route in _ASKED_ALL_THE_TIME else logging.INFO
+            said = {"method": scope["method"], "route": route, "status": status, "ms": round(took * 1000, 1)}
+            if given:
+                # An id that somebody has sent may be anything, such as a phone number.
+                log.log(level, "request", **said)
+            else:
+                harmless(_requests, level, "request", **said)
+            bound.end(saying)
 
     def _completed(
         self, headers: Iterable[tuple[bytes, bytes]], scope: Scope, request_id: str
@@ -220,11 +222,16 @@ class Edge:
             new = [(name.lower().encode(), value.encode()) for name, value in added.items()]
             replaced = {name for name, _ in new}
             completed = [pair for pair in completed if pair[0] not in replaced] + new
-        there = {name for name, _ in completed}
-        usual = self._usual_in_api if scope["path"].startswith("/api/") else self._usual
-        completed += [pair for pair in usual if pair[0] not in there]
-        completed.append((_REQUEST_ID, request_id.encode()))
-        return completed
+        there = tuple([name for name, _ in completed])
+        return [
+            *completed,
+            *self._missing(there, scope["path"].startswith("/api/")),
+            (_REQUEST_ID, request_id.encode()),
+        ]
+
+    def _missing_beside(self, there: tuple[bytes, ...], is_api: bool) -> list[tuple[bytes, bytes]]:
+        usual = [*self._usual, (b"cache-control", b"no-store")] if is_api else self._usual
+        return [pair for pair in usual if pair[0] not in there]
 
 
 def _given_id(scope: Scope) -> str | None:

@@ -8,7 +8,6 @@ and its line in the log are given here, too.
 import asyncio
 import contextlib
 import fcntl
-import re
 import struct
 import termios
 from http import HTTPStatus
@@ -50,6 +49,15 @@ class _Cycle(RequestResponseCycle):
 
     _head: Any = None
 
+    async def run_asgi(self, app: Any) -> None:
+        state: dict[str, Any] = self.scope["state"]
+        state["arrived"], state["pass_on"] = self.has_arrived, self.pass_on
+        try:
+            await super().run_asgi(app)
+        finally:
+            # Else it would refer to itself, and stay until the garbage collector comes, which stops everything.
+            del state["arrived"], state["pass_on"]
+
     def has_arrived(self) -> bool:
         """Whether all of the body is there, for whoever asks for it first."""
         return not (self.more_body or self.disconnected or self.response_complete)
@@ -86,15 +94,20 @@ class _Cycle(RequestResponseCycle):
     def _send_whole(self, head: Any, body: bytes) -> bool:
         """Sends an answer to its end; False for one that uvicorn should rather look at."""
         headers = [*self.default_headers, *head["headers"]]
-        lengths = [value for name, value in headers if name == b"content-length"]
-        if lengths != [b"%d" % len(body)] or any(name in _OF_THE_CONNECTION for name, _ in headers):
+        by_name = dict(headers)
+        if (
+            by_name.get(b"content-length") != b"%d" % len(body)
+            or len(by_name) != len(headers)
+            or not _OF_THE_CONNECTION.isdisjoint(by_name)
+        ):
             return False
-        lines = [name + b": " + value for name, value in headers]
-        if _BREAKS.search(b"".join(lines)) is not None:
+        lines = b"\r\n".join([name + b": " + value for name, value in headers])
+        if len(lines) - len(lines.translate(None, _CONTROL)) != 2 * (len(headers) - 1):
+            # There are more breaks than those between the lines.
             return False
         self.response_started = True
         self.waiting_for_100_continue = False
-        self.transport.write(b"\r\n".join([STATUS_LINE[head["status"]][:-2], *lines, b"", body]))
+        self.transport.write(b"".join([STATUS_LINE[head["status"]], lines, b"\r\n\r\n", body]))
         self.response_complete = True
         self.message_event.set()
         self.on_response()
@@ -104,7 +117,7 @@ class _Cycle(RequestResponseCycle):
 _WITH_BODIES = frozenset({"GET", "POST", "DELETE"})
 _STATUS_WITH_BODIES = frozenset(range(200, 600)) - {204, 304}
 _OF_THE_CONNECTION = frozenset({b"connection", b"transfer-encoding"})
-_BREAKS = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_CONTROL = bytes([*range(9), *range(10, 32), 127])
 """What is in no header, or would end it."""
 
 
@@ -235,13 +248,7 @@ class BoundedProtocol(HttpToolsProtocol):
             raise TooLarge(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         self._pending = self._body_size = 0
         self._stop_clock()
-        before = self.cycle
         super().on_headers_complete()
-        if (cycle := self.cycle) is not before:
-            # Uvicorn has no place where one could say which class it is to be.
-            cycle.__class__ = _Cycle
-            self.scope["state"]["arrived"] = cycle.has_arrived  # type: ignore[attr-defined]
-            self.scope["state"]["pass_on"] = cycle.pass_on  # type: ignore[attr-defined]
         self._in_body = True
 
     def on_body(self, body: bytes) -> None:
@@ -265,6 +272,8 @@ class BoundedProtocol(HttpToolsProtocol):
     # Answering.
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        # Uvicorn has no place where one could say which class it is to be.
+        cycle.__class__ = _Cycle
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 

@@ -7,7 +7,6 @@ from hashlib import blake2b
 from typing import Annotated
 from uuid import UUID
 
-import structlog
 from fastapi import Depends, Request
 from fastapi.security import APIKeyCookie, APIKeyQuery, HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -20,6 +19,7 @@ from switchboard.access.tokens import BrowserToken, Right, Signer, TokenExpired,
 from switchboard.database import Db
 from switchboard.edge import add_headers
 from switchboard.errors import Forbidden, SwitchboardError, TooMany, Unauthorized
+from switchboard.logs import bound
 from switchboard.settings import CurrentSettings, Settings
 from switchboard.sight import EVERYTHING, Sight
 from switchboard.tables import KeyScope
@@ -201,7 +201,7 @@ async def _with_token(db: AsyncEngine, settings: Settings, signer: Signer | None
 
 def _name_in_the_log(key: ApiKey) -> None:
     # Also for those who are refused: they are who is looked for after a leak.
-    structlog.contextvars.bind_contextvars(key_id=str(key.id))
+    bound.add(key_id=str(key.id))
 
 
 async def _note_use(db: AsyncEngine, key: ApiKey) -> None:

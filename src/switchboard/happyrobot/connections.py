@@ -143,7 +143,7 @@ class _Exchange(asyncio.Protocol):
         self._request = request
         self._answer = answer
         self._left = largest
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = httptools.HttpResponseParser(self)
         self._transport: Any = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._body: list[bytes] = []
@@ -171,6 +171,8 @@ class _Exchange(asyncio.Protocol):
             self._complete()
         else:
             self._fail(httpx.RemoteProtocolError("the connection has ended before the answer", request=self._request))
+        # They know each other, and would stay until the garbage collector comes.
+        self._parser = None
 
     def data_received(self, data: bytes) -> None:
         self._left -= len(data)

@@ -159,12 +159,10 @@ def moment(value: str | float | None) -> datetime | None:
 
 
 def _tells_copies_apart(timestamp: str | float | None) -> bool:
-    """Whether a timestamp is one: not a variable that resolved to nothing, nor a zero time.
+    """Whether what is no time that we know is one all the same, and not a variable that resolved to nothing.
 
-    One in words of the author's own is good enough.
+    One in words of the author's own is good enough; a zero time is not.
     """
-    if moment(timestamp) is not None:
-        return True
     if not isinstance(timestamp, str) or not timestamp.strip():
         return False
     try:
@@ -219,9 +217,10 @@ def _read_cloud_event(event: _CloudEvent, data: Any, webhook_id: str | None) -> 
 
 def _read_guide_callback(callback: CallbackIn, raw: bytes, webhook_id: str | None) -> NewEvent:
     key = None
+    occurred_at = moment(callback.timestamp)
     if webhook_id:
         key = _key(callback.run_id, "webhook", webhook_id)
-    elif _tells_copies_apart(callback.timestamp):
+    elif occurred_at is not None or _tells_copies_apart(callback.timestamp):
         key = _key(callback.run_id, "body", raw)
     event = NewEvent(
         callback.run_id,
@@ -229,7 +228,7 @@ def _read_guide_callback(callback: CallbackIn, raw: bytes, webhook_id: str | Non
         callback.data,
         _CALLBACK_WORDS.get(callback.event_type),
         outcome=callback.data,
-        occurred_at=moment(callback.timestamp),
+        occurred_at=occurred_at,
         execution_id=callback.execution_id,
         dedupe_key=key,
     )

@@ -1,4 +1,4 @@
-"""Following what is committed: one subscription a process, however many browsers."""
+"""Following what is committed: one subscription a process, however many browsers, and none without any."""
 
 import asyncio
 import contextlib
@@ -37,6 +37,9 @@ _MAX_UNHEARD = 1000
 _QUIET = 5.0
 """Seconds without a message after which Redis is asked whether it is there."""
 
+_LINGER = 10.0
+"""Seconds for which a subscription outlasts its last reader: pages are loaded again."""
+
 _RECONNECT_AFTER = 0.5
 """Seconds between attempts to subscribe."""
 
@@ -70,6 +73,9 @@ class Hub:
         """Runs while something waits."""
         self._inbox: asyncio.Queue[bytes] = asyncio.Queue()
         self._closing = False
+        self._followed = asyncio.Event()
+        self._left_at = 0.0
+        """When the last reader left, by the event loop's clock."""
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:
@@ -126,6 +132,7 @@ class Hub:
                 # What was committed meanwhile has been shown to nobody.
                 self.look()
         follower = self._followers.join(scope, self._cursor)
+        self._followed.set()
         if self._closing:
             follower.close()
         try:
@@ -136,6 +143,8 @@ class Hub:
                 self._cursor = None
                 self._early.clear()
                 self._mind_the_gap(None)
+                self._followed.clear()
+                self._left_at = asyncio.get_running_loop().time()
 
     async def newest(self) -> int:
         """The newest event's id; 0 when there is none."""
@@ -149,17 +158,21 @@ class Hub:
 
     async def _listen(self) -> None:
         while True:
+            # What nobody reads needs not be sent here: under load that would be a good part of a process's work.
+            await self._followed.wait()
             try:
                 async with self._redis.pubsub() as pubsub:
                     await pubsub.subscribe(await self._channel.name())
                     await self._receive(pubsub)
             except Exception as error:  # noqa: BLE001  # nobody waits for this task; it must outlive what goes wrong
                 log.debug("no subscription", error=error)
-            await asyncio.sleep(_RECONNECT_AFTER)
+                await asyncio.sleep(_RECONNECT_AFTER)
 
     async def _receive(self, pubsub: PubSub) -> None:
+        """Receives until nobody has followed anything for a while."""
+        time = asyncio.get_running_loop().time
         asked = False
-        while True:
+        while self._followers or time() - self._left_at < _LINGER:
             message = await pubsub.get_message(timeout=_QUIET)
             if message is None:
                 if asked:

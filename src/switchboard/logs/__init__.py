@@ -9,6 +9,7 @@ import contextlib
 import logging
 import re
 import sys
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -17,10 +18,10 @@ from typing import Any
 import structlog
 from opentelemetry.trace import format_trace_id, get_current_span
 from pydantic_core import to_json
-from structlog.contextvars import get_contextvars
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict, Processor
 
+from switchboard.logs import bound
 from switchboard.logs.redaction import plain, redactor, secrets_of
 from switchboard.logs.traces import TRACEBACK, places, trace
 from switchboard.settings import Settings
@@ -39,10 +40,30 @@ structlog.configure(
 )
 
 
-class Harmless(str):
-    """The sentence of a line that comes with every request, and whose fields hold nothing to be searched for."""
+class _Harmless(logging.LogRecord):
+    """A line that comes with every request, and whose fields hold nothing to be searched for."""
 
-    __slots__ = ()
+
+_USUAL = logging.makeLogRecord({}).__dict__
+"""What a record says that says nothing."""
+
+
+def harmless(logger: logging.Logger, level: int, event: str, **fields: Any) -> None:
+    """Logs a line in which nothing can be secret, by the shortest way; not for anything that somebody has sent.
+
+    Like any other it is a record of the standard library's, of which most has not to be found out each time.
+    """
+    if logger.isEnabledFor(level):
+        record = _Harmless.__new__(_Harmless)
+        record.__dict__ = {
+            **_USUAL,
+            "name": logger.name,
+            "msg": {"event": event, **fields},
+            "levelno": level,
+            "levelname": logging.getLevelName(level),
+            "created": time.time(),
+        }
+        logger.handle(record)
 
 
 def configure(settings: Settings) -> None:
@@ -76,7 +97,7 @@ class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
-            if _is_harmless(record) and self._keeps(line):
+            if isinstance(record, _Harmless) and self._keeps(line):
                 return
             self._kept.append(line)
             self.flush()
@@ -108,7 +129,7 @@ class _Stderr(logging.Handler):
 def _formatter(settings: Settings) -> logging.Formatter:
     clean = redactor(secrets_of(settings))
     processors: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
+        lambda _, __, line: {**bound.current(), **line},
         _traced,
         _headed,
         lambda _, __, line: clean(line),  # last, so that nothing escapes it
@@ -129,10 +150,6 @@ def _formatter(settings: Settings) -> logging.Formatter:
     )
 
 
-def _is_harmless(record: logging.LogRecord) -> bool:
-    return isinstance(record.msg, dict) and isinstance(record.msg.get("event"), Harmless)
-
-
 class _Formatter(ProcessorFormatter):
     """Takes the short way with what is harmless."""
 
@@ -141,11 +158,11 @@ class _Formatter(ProcessorFormatter):
         self._short = short
 
     def format(self, record: logging.LogRecord) -> str:
-        if not _is_harmless(record):
+        if not isinstance(record, _Harmless):
             return super().format(record)
         line: Any = record.msg
-        headed = _head(record, line["event"]) | line | get_contextvars()
-        return str(self._short(None, record.levelname, dict(_traced(None, "", headed))))
+        line = {**_head(record, line["event"]), **bound.current(), **line}
+        return str(self._short(None, record.levelname, dict(_traced(None, "", line))))
 
 
 def _json(_: object, __: str, line: EventDict) -> str:
