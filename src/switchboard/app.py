@@ -65,7 +65,7 @@ def create_app(
     app.include_router(reference.router)
     app.include_router(console.router)
     app.include_router(health.router)
-    app.add_direct(*callbacks.router.routes, *calling.router.routes)
+    app.add_direct(*callbacks.router.routes, *calling.router.routes, *reading.router.routes)
 
     document = app.openapi
 

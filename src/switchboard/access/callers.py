@@ -16,7 +16,7 @@ from switchboard.access.keys import ApiKey
 from switchboard.access.limits import CurrentFailures, address_of
 from switchboard.access.rates import CurrentRates
 from switchboard.access.tokens import BrowserToken, Right, Signer, TokenExpired, TokenInvalid
-from switchboard.database import Db
+from switchboard.database import Db, singly
 from switchboard.edge import add_headers
 from switchboard.errors import Forbidden, SwitchboardError, TooMany, Unauthorized
 from switchboard.logs import bound
@@ -108,9 +108,14 @@ async def _caller(
 
 async def caller_of(request: Request) -> Caller:
     """Who is asking, for routes whose dependencies nobody solves."""
-    state = request.state
-    bearer, in_query, in_cookie = await _bearer(request), await _query(request), await _cookie(request)
-    return await _caller(request, state.db, state.settings, state.signer, state.failures, bearer, in_query, in_cookie)
+    state, headers = request.scope["state"], request.headers
+    # Each of the three takes as long as all that is done with a key that it finds.
+    bearer = await _bearer(request) if "authorization" in headers else None
+    in_query = await _query(request) if request.scope["query_string"] else None
+    in_cookie = await _cookie(request) if "cookie" in headers else None
+    return await _caller(
+        request, state["db"], state["settings"], state["signer"], state["failures"], bearer, in_query, in_cookie
+    )
 
 
 class _Wrong(Exception):
@@ -154,7 +159,7 @@ async def _known(
 
 
 async def _with_key(db: AsyncEngine, text: str) -> Caller:
-    async with db.connect() as conn:
+    async with singly(db).connect() as conn:
         key = await keys.find(conn, text)
     if key is None:
         raise _Wrong
@@ -188,7 +193,7 @@ async def _with_token(db: AsyncEngine, settings: Settings, signer: Signer | None
         if not settings.anonymous_allowed:
             raise Unauthorized("Token is no longer good")
         return Caller(Sight(token.contexts), token.rights, None, token, token.expires_at)
-    async with db.connect() as conn:
+    async with singly(db).connect() as conn:
         key = await keys.get(conn, token.key_id)
     if key is not None:
         _name_in_the_log(key)
@@ -231,7 +236,8 @@ async def _of_a_backend(caller: Known) -> Caller:
     return caller
 
 
-Reader = Annotated[Caller, Depends(_with(Right.READ))]
+reader = _with(Right.READ)
+Reader = Annotated[Caller, Depends(reader)]
 """Somebody who may see runs, those of `sight`."""
 
 starter = _with(Right.TRIGGER)
@@ -253,7 +259,7 @@ async def customer(request: Request, db: Db, failures: CurrentFailures, rates: C
     key = None
     if keys.is_one(text):
         try:
-            async with db.connect() as conn:
+            async with singly(db).connect() as conn:
                 key = await keys.find(conn, text)
         except Exception:
             # Whose request it is cannot be said, but that the address has asked.

@@ -7,11 +7,9 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Self, cast
+from typing import Self, cast
 
-from fastapi import Depends
 from redis.asyncio import Redis
-from starlette.requests import HTTPConnection
 
 from switchboard.breaker import Breaker
 from switchboard.happyrobot.client import BACKGROUND, Effort, HappyRobot, NoAnswer, NoTurn, Unreadable
@@ -229,11 +227,3 @@ def _said(answer: Answer) -> bytes:
     if answer.status is not None:
         return answer.status.encode()
     return _UNCLEAR if answer.heard else _NOTHING
-
-
-async def _lookups(connection: HTTPConnection) -> Lookups:
-    lookups: Lookups = connection.state.lookups
-    return lookups
-
-
-CurrentLookups = Annotated[Lookups, Depends(_lookups)]

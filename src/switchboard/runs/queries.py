@@ -4,6 +4,7 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -16,6 +17,7 @@ from sqlalchemy import (
     String,
     Text,
     and_,
+    any_,
     bindparam,
     cast,
     desc,
@@ -117,26 +119,45 @@ def platform_link(settings: Settings, run: Row[Any]) -> str | None:
     return platform_url(run.org_slug or settings.happyrobot_org_slug, run.platform_id, run.run_id)
 
 
-_RUN = _RUNS.where(agent_runs.c.run_id == bindparam("run_id"))
+_CONDITIONS = {
+    "run_id": agent_runs.c.run_id == bindparam("run_id"),
+    "context_id": agent_runs.c.context_id == bindparam("context_id"),
+    "status": agent_runs.c.status == bindparam("status"),
+    "workflow_id": agent_runs.c.workflow_id == bindparam("workflow_id"),
+    "contexts": agent_runs.c.context_id == any_(bindparam("contexts", type_=ARRAY(String))),
+    "workflows": agent_runs.c.workflow_id == any_(bindparam("workflows", type_=ARRAY(String))),
+    "before": tuple_(agent_runs.c.created_at, agent_runs.c.id)
+    < tuple_(bindparam("before", type_=agent_runs.c.created_at.type), bindparam("before_id", type_=BigInteger)),
+}
+"""Which runs; each has a parameter of its name."""
+
+
+def where(query: Select[Any], *names: str) -> Select[Any]:
+    """The runs of a query that meet these conditions."""
+    return query.where(*(_CONDITIONS[name] for name in names))
+
+
+_kept = lru_cache(maxsize=100)(where)
+"""Of the queries below there are few, and to put one together anew takes longer than to run it."""
+
+
+def seen(wanted: Filter, sight: Sight) -> dict[str, Any]:
+    """The conditions of runs that are wanted, and may be seen, with their parameters."""
+    asked = {
+        "context_id": wanted.context_id,
+        "status": wanted.status,
+        "workflow_id": wanted.workflow_id,
+        "contexts": None if sight.contexts is None else sorted(sight.contexts),
+        "workflows": None if sight.workflows is None else sorted(sight.workflows),
+    }
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 async def find_run(conn: AsyncConnection, run_id: str, sight: Sight) -> Row[Any] | None:
     """One run's row, without its logs; None also where it is not to be seen."""
-    query = narrowed(_RUN, Filter(), sight)
-    run: Row[Any] | None = (await conn.execute(query, {"run_id": run_id})).one_or_none()
+    parameters = {"run_id": run_id} | seen(Filter(), sight)
+    run: Row[Any] | None = (await conn.execute(_kept(_RUNS, *parameters), parameters)).one_or_none()
     return run
-
-
-def narrowed(query: Select[Any], wanted: Filter, sight: Sight) -> Select[Any]:
-    """Leaves out runs that are not wanted, or not to be seen."""
-    for column, value in (
-        (agent_runs.c.context_id, wanted.context_id),
-        (agent_runs.c.status, wanted.status),
-        (agent_runs.c.workflow_id, wanted.workflow_id),
-    ):
-        if value is not None:
-            query = query.where(column == value)
-    return sight.narrow(query, agent_runs.c.context_id, agent_runs.c.workflow_id)
 
 
 def found(run: Row[Any] | None) -> Row[Any]:
@@ -146,14 +167,20 @@ def found(run: Row[Any] | None) -> Row[Any]:
     return run
 
 
+_LIST = _RUNS.order_by(desc(agent_runs.c.created_at), desc(agent_runs.c.id)).limit(bindparam("most", type_=Integer))
+
+
 async def list_runs(
     conn: AsyncConnection, wanted: Filter, sight: Sight, *, limit: int, cursor: Cursor | None
 ) -> Sequence[Row[Any]]:
     """Runs that are to be seen, newest first, after the cursor; without their logs."""
-    query = narrowed(_RUNS, wanted, sight).order_by(desc(agent_runs.c.created_at), desc(agent_runs.c.id)).limit(limit)
+    parameters = seen(wanted, sight)
     if cursor is not None:
-        query = query.where(tuple_(agent_runs.c.created_at, agent_runs.c.id) < tuple_(cursor.created_at, cursor.id))
-    runs: Sequence[Row[Any]] = (await conn.execute(query)).all()
+        parameters["before"] = cursor.created_at
+    query = _kept(_LIST, *parameters)
+    if cursor is not None:
+        parameters["before_id"] = cursor.id
+    runs: Sequence[Row[Any]] = (await conn.execute(query, parameters | {"most": limit})).all()
     return runs
 
 

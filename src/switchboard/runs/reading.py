@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from pydantic_core import to_json
 from sqlalchemy import Row
 
-from switchboard.access.callers import Reader
-from switchboard.bodies import Id, ShortText
+from switchboard.access.callers import Reader, caller_of, reader
+from switchboard.bodies import Id, ShortText, check
 from switchboard.database import Db, singly
+from switchboard.direct import DirectRoute
 from switchboard.errors import described
 from switchboard.events import (
     EventOut,
@@ -134,36 +135,51 @@ def _json(content: object) -> Response:
     return Response(to_json(content), media_type="application/json")
 
 
-@router.get(
-    "/runs",
-    summary="List runs, newest first",
-    response_model=list[RunOut],
-    responses=described(400, 401, 403, 429),
-)
-async def runs(
-    request: Request,
-    db: Db,
-    settings: CurrentSettings,
-    caller: Reader,
-    context_id: Annotated[ShortText | None, Query(description="Only runs of this context.")] = None,
-    status: Annotated[RunStatus | None, _UPPER, Query(description="Only runs with this status.")] = None,
-    workflow_id: Annotated[ShortText | None, Query(description="Only runs of this workflow.")] = None,
-    limit: Annotated[int, Query(ge=1, le=1000, description="So many at most.")] = 200,
-    cursor: Annotated[str | None, Query(description='From the `Link` header with `rel="next"`.')] = None,
-) -> Response:
+class _Asked(BaseModel):
+    """Which runs are to be listed."""
+
+    context_id: ShortText | None = Field(None, description="Only runs of this context.")
+    status: Annotated[RunStatus | None, _UPPER] = Field(None, description="Only runs with this status.")
+    workflow_id: ShortText | None = Field(None, description="Only runs of this workflow.")
+    limit: int = Field(200, ge=1, le=1000, description="So many at most.")
+    cursor: str | None = Field(None, description='From the `Link` header with `rel="next"`.')
+
+
+async def _asked_for(caller: Reader, asked: Annotated[_Asked, Query()]) -> None:
+    """What `runs` takes from the request by itself, for the document."""
+
+
+async def runs(request: Request) -> Response:
     """A page of runs. `Link` leads to the next one, if there is one."""
+    caller = await reader(await caller_of(request))
+    asked = check(_Asked, dict(request.query_params))
     # A frontend that builds `?context_id=` from an empty field means no filter.
-    wanted = Filter(context_id or None, status, workflow_id or None)
-    async with singly(db).connect() as conn:
-        rows = await list_runs(
-            conn, wanted, caller.sight, limit=limit + 1, cursor=Cursor.decode(cursor) if cursor is not None else None
-        )
-        page = rows[:limit]
+    wanted = Filter(asked.context_id or None, asked.status, asked.workflow_id or None)
+    cursor = Cursor.decode(asked.cursor) if asked.cursor is not None else None
+    settings: Settings = request.state.settings
+    async with singly(request.state.db).connect() as conn:
+        rows = await list_runs(conn, wanted, caller.sight, limit=asked.limit + 1, cursor=cursor)
+        page = rows[: asked.limit]
         metadata = await metadata_of(conn, page)
     response = _json([_run_out(settings, run, metadata[run.run_id]) for run in page])
-    if len(rows) > limit:
+    if len(rows) > asked.limit:
         link_next(request, response, cursor=Cursor(page[-1].created_at, page[-1].id).encode())
     return response
+
+
+# Every page that shows runs begins with it.
+router.routes.append(
+    DirectRoute(
+        f"{router.prefix}/runs",
+        runs,
+        methods=["GET"],
+        tags=router.tags,
+        summary="List runs, newest first",
+        dependencies=[Depends(_asked_for)],
+        response_model=list[RunOut],
+        responses=described(400, 401, 403, 429),
+    )
+)
 
 
 @router.get(

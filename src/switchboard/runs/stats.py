@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
-from sqlalchemy import ARRAY, Float, Row, Select, cast, extract, func, literal, select
+from sqlalchemy import ARRAY, ColumnElement, Float, Row, Select, cast, extract, func, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.access.callers import Reader
@@ -14,7 +14,7 @@ from switchboard.bodies import ShortText
 from switchboard.database import Db
 from switchboard.errors import described
 from switchboard.events import IdOfWorkflow, Timestamp
-from switchboard.runs.queries import Filter, narrowed
+from switchboard.runs.queries import Filter, seen, where
 from switchboard.sight import Sight
 from switchboard.tables import FINAL, RunStatus, agent_runs
 
@@ -116,33 +116,33 @@ async def read_stats(
 async def stats(conn: AsyncConnection, wanted: Filter, sight: Sight, since: datetime, until: datetime) -> StatsOut:
     """Reads what an index has, so that it is quick among millions of runs; rows only where they are fresh."""
 
-    def seen(query: Select[Any]) -> Select[Any]:
-        return narrowed(query, wanted, sight)
+    parameters = seen(wanted, sight)
+
+    async def read(query: Select[Any], *by: ColumnElement[Any]) -> Sequence[Row[Any]]:
+        rows: Sequence[Row[Any]] = (await conn.execute(where(query, *parameters).group_by(*by), parameters)).all()
+        return rows
 
     began = agent_runs.c.created_at.between(since, until)
     hour = func.date_bin(_HOUR, agent_runs.c.created_at, literal(since)).label("hour")
     status, workflow = agent_runs.c.status, agent_runs.c.workflow_id
     counted = select(hour, workflow, status, func.count().label("runs")).where(began)
-    counts = (await conn.execute(seen(counted).group_by(hour, workflow, status))).all()
+    counts = await read(counted, hour, workflow, status)
 
     took = cast(extract("epoch", agent_runs.c.completed_at - agent_runs.c.created_at), Float)
     quantiles = func.percentile_cont(literal([0.5, 0.95], ARRAY(Float))).within_group(took).label("quantiles")
     completed = (began, status == RunStatus.COMPLETED, agent_runs.c.completed_at >= agent_runs.c.created_at)
-    in_all = (await conn.execute(seen(select(func.count(), quantiles).where(*completed)))).one()
-    hourly = {
-        row.hour: row.quantiles
-        for row in await conn.execute(seen(select(hour, quantiles).where(*completed)).group_by(hour))
-    }
-    under_way = select(func.count()).select_from(agent_runs)
-    under_way = under_way.where(status.in_([each for each in RunStatus if each not in FINAL]))
+    [in_all] = await read(select(func.count().label("runs"), quantiles).where(*completed))
+    hourly = {row.hour: row.quantiles for row in await read(select(hour, quantiles).where(*completed), hour)}
+    under_way = select(func.count().label("runs")).select_from(agent_runs)
+    [now] = await read(under_way.where(status.in_([each for each in RunStatus if each not in FINAL])))
     p50, p95 = _rounded(in_all.quantiles)
     return StatsOut(
         since=since,
         until=until,
         total=_total(counts),
-        under_way=await conn.scalar(seen(under_way)) or 0,
+        under_way=now.runs,
         by_status=_by_status(counts),
-        durations=Durations(runs=in_all.count, p50=p50, p95=p95),
+        durations=Durations(runs=in_all.runs, p50=p50, p95=p95),
         by_hour=_by_hour(counts, hourly, since, until),
         by_workflow=_by_workflow(counts),
     )
