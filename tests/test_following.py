@@ -83,16 +83,17 @@ FRAMES = [
 ]
 
 
+@pytest.mark.parametrize("at_once", [1, 4, len(FRAMES)])
 @pytest.mark.parametrize("gone", [0, 2])
-async def test_everybody_is_shown_what_is_in_their_scope_and_nothing_else(gone: int):
+async def test_everybody_is_shown_what_is_in_their_scope_and_nothing_else(gone: int, at_once: int):
     everybody = Followers()
     readers = [everybody.join(scope, 0) for scope in SCOPES for _ in range(3)]
     for left in readers[:gone] + readers[3:6]:
         everybody.leave(left)
         readers.remove(left)
     assert len(everybody) == len(list(everybody)) == len(readers)
-    for each in FRAMES:
-        everybody.show(each)
+    for start in range(0, len(FRAMES), at_once):
+        everybody.show(FRAMES[start : start + at_once])
     for reader in readers:
         assert await ids(reader) == [each.event.id for each in FRAMES if each.event in reader.scope]
 
@@ -116,9 +117,112 @@ async def test_an_event_costs_those_nothing_who_cannot_want_it(monkeypatch: pyte
         everybody.join(Scope(EVERYTHING, run_id=f"other {number}"), 0)
         everybody.join(Scope(Sight(frozenset({f"other {number}"}))), 0)
     asked = counted(monkeypatch, Scope, "__contains__")
-    everybody.show(frame(1))
+    everybody.show([frame(1)])
     assert [await ids(each) for each in mine] == [[1]] * 50
     assert len(asked) == 1  # once for all who want the same
+
+
+class Sink:
+    """A browser that takes what it is sent at once, or does not."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.reads = True
+
+    def __call__(self, part: bytes) -> bool:
+        if self.reads:
+            self.sent.append(part)
+        return self.reads
+
+
+def waits(follower: Follower) -> "asyncio.Task[Any]":
+    return asyncio.create_task(follower.read())
+
+
+async def test_who_waits_is_sent_what_happens_at_once_and_in_one_piece():
+    everybody, sink = Followers(), Sink()
+    follower = everybody.join(Scope(EVERYTHING, "c"), 0)
+    follower.sink = sink
+    reading = waits(follower)
+    await asyncio.sleep(0)
+    frames = [frame(1), frame(2), frame(3, context_id="other"), frame(4)]
+    everybody.show(frames)
+    everybody.show(FRAMES[:1])  # of another context
+    everybody.show([frame(5)])
+    assert sink.sent == [frames[0].sse + frames[1].sse + frames[3].sse, frame(5).sse]
+    assert follower.sent == 5
+    assert not reading.done()
+    follower.close()
+    assert await reading is None
+
+
+async def test_nothing_overtakes_what_is_still_to_be_read():
+    everybody, sink = Followers(), Sink()
+    follower = everybody.join(Scope(EVERYTHING), 0)
+    follower.sink = sink
+    everybody.show([frame(1)])  # nobody waits yet
+    assert [each.event.id for each in await follower.read() or ()] == [1]
+    reading = waits(follower)
+    await asyncio.sleep(0)
+    sink.reads = False
+    everybody.show([frame(2)])
+    sink.reads = True
+    everybody.show([frame(3)])
+    assert [each.event.id for each in await reading or ()] == [2, 3]
+    follower.sent = 3
+    reading = waits(follower)
+    await asyncio.sleep(0)
+    follower.remind()
+    everybody.show([frame(4)])
+    assert [each.event.id for each in await reading or ()] == [4]
+    reading = waits(follower)
+    await asyncio.sleep(0)
+    follower.close()
+    everybody.show([frame(5)])
+    assert await reading is None
+    gone = waits(everybody.join(Scope(EVERYTHING), 0))
+    await asyncio.sleep(0)
+    assert sink.sent == []
+    gone.cancel()
+
+
+async def test_who_has_seen_more_is_not_sent_it_again():
+    everybody, sink = Followers(), Sink()
+    follower = everybody.join(Scope(EVERYTHING), 0)
+    follower.sink, follower.sent = sink, 7
+    for number in (7, 8):
+        reading = waits(follower)
+        await asyncio.sleep(0)
+        everybody.show([frame(number)])
+    assert sink.sent == [frame(8).sse]
+    reading.cancel()
+
+
+async def test_a_reader_that_has_ended_is_sent_nothing():
+    everybody, sink = Followers(), Sink()
+    follower = everybody.join(Scope(EVERYTHING), 0)
+    follower.sink = sink
+    reading = waits(follower)
+    await asyncio.sleep(0)
+    reading.cancel()
+    await asyncio.wait({reading})
+    everybody.show([frame(1)])
+    assert sink.sent == []
+
+
+async def test_what_is_large_comes_in_several_pieces(monkeypatch: pytest.MonkeyPatch):
+    size = len(frame(1).sse)
+    monkeypatch.setattr(following, "_PORTION", 2 * size)
+    everybody, sink = Followers(), Sink()
+    follower = everybody.join(Scope(EVERYTHING), 0)
+    follower.sink = sink
+    reading = waits(follower)
+    await asyncio.sleep(0)
+    large = Frame(frame(4).event, b"x" * 3 * size)
+    everybody.show([frame(1), frame(2), frame(3), large, frame(5)])
+    everybody.show([])
+    assert sink.sent == [frame(1).sse + frame(2).sse, frame(3).sse, large.sse, frame(5).sse]
+    reading.cancel()
 
 
 async def test_an_event_is_encoded_once_however_many_follow_it(

@@ -535,10 +535,10 @@ async def test_a_browser_that_does_not_read_is_sent_away():
         timestamp=NOW,
         data=None,
     )
-    for _ in range(followers.MAX_UNREAD):
-        follower.push(Frame(event, b"{}"))
+    frame = Frame(event, b"{}")
+    follower.push([frame] * followers.MAX_UNREAD, b"")
     assert not follower.lagging
-    follower.push(Frame(event, b"{}"))
+    follower.push([frame], b"")
     assert follower.lagging
     assert len(await follower.read()) == followers.MAX_UNREAD
     assert await follower.read() is None

@@ -65,7 +65,7 @@ async def read(request: Request) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) >= settings.max_body_size:
         raise _too_large(settings)
-    if state.get("arrived", _not_yet)():
+    if (cycle := state.get("cycle")) is not None and cycle.has_arrived():
         # With its head, as most do: there is nothing to wait for.
         message = await request.receive()
         if len(body := message.get("body", b"")) >= settings.max_body_size:
@@ -85,10 +85,6 @@ async def read(request: Request) -> bytes:
 
 def _too_large(settings: Settings) -> TooLarge:
     return TooLarge(f"The body must be smaller than {settings.max_body_size / 1e6:g} MB")
-
-
-def _not_yet() -> bool:
-    return False
 
 
 def check(model: type[Model], value: Any) -> Model:

@@ -70,7 +70,7 @@ _callbacks = _counter(
 )
 _event_to_browser = _histogram(
     "switchboard_event_to_browser_seconds",
-    "From the moment when an event was written until a stream sent it: of each batch the oldest, replays not counted.",
+    "From the moment when an event was written until it was sent to those who waited for it, or, of a batch, to one.",
     buckets=_FOR_NEWS,
 )
 OPEN_STREAMS = Gauge(

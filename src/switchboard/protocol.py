@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import struct
 import termios
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
@@ -51,12 +52,12 @@ class _Cycle(RequestResponseCycle):
 
     async def run_asgi(self, app: Any) -> None:
         state: dict[str, Any] = self.scope["state"]
-        state["arrived"], state["pass_on"] = self.has_arrived, self.pass_on
+        state["cycle"] = self
         try:
             await super().run_asgi(app)
         finally:
             # Else it would refer to itself, and stay until the garbage collector comes, which stops everything.
-            del state["arrived"], state["pass_on"]
+            del state["cycle"]
 
     def has_arrived(self) -> bool:
         """Whether all of the body is there, for whoever asks for it first."""
@@ -66,8 +67,17 @@ class _Cycle(RequestResponseCycle):
         """Sends more of an answer that has begun without a length, past everything that has been put around `send`."""
         if self.flow.write_paused and not self.disconnected:
             await self.flow.drain()
-        if part and not self.disconnected:  # one without anything in it would be the last
-            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+        self.pass_on_now(part)
+
+    def pass_on_now(self, part: bytes) -> bool:
+        """As `pass_on`, unless its client does not read: then nothing is sent, and False returned."""
+        if self.disconnected or self.transport.is_closing():
+            return True
+        if self.flow.write_paused:
+            return False
+        if part:  # one without anything in it would be the last
+            self.transport.write(_chunk(part))
+        return True
 
     async def send(self, message: Any) -> None:
         if not self.response_started and message["type"] == "http.response.start":
@@ -112,6 +122,12 @@ class _Cycle(RequestResponseCycle):
         self.message_event.set()
         self.on_response()
         return True
+
+
+@lru_cache(maxsize=1)
+def _chunk(part: bytes) -> bytes:
+    """Most often the one before was the same, for another stream."""
+    return b"%x\r\n%b\r\n" % (len(part), part)
 
 
 _WITH_BODIES = frozenset({"GET", "POST", "DELETE"})

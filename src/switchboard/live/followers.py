@@ -2,10 +2,11 @@
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+from switchboard import metrics
 from switchboard.events import Scope
-from switchboard.live.messages import Frame
+from switchboard.live.messages import Frame, joined
 
 MAX_UNREAD = 1000
 MAX_UNREAD_BYTES = 8_000_000
@@ -16,6 +17,9 @@ HEARTBEAT = 15.0
 
 PATIENCE = 2
 """Heartbeats that a browser may miss while it is being sent something: 30 seconds, and no more than 45."""
+
+_PORTION = 256_000
+"""Bytes of events that are shown in one piece, unless a single one is larger."""
 
 _SLICES = 60
 """Parts in which followers are reminded, one after the other: thousands at once would keep everybody else waiting."""
@@ -38,6 +42,8 @@ class Follower:
         "joined_after",
         "lagging",
         "scope",
+        "sent",
+        "sink",
         "slice",
         "stuck",
         "unheard",
@@ -49,6 +55,10 @@ class Follower:
         self.slice = place
         self.joined_after = joined_after
         """Every event up to this id was committed before this follower joined; later ones are handed to it."""
+        self.sent = joined_after
+        """Its reader has been sent whatever it is to see of the events up to this id."""
+        self.sink: Callable[[bytes], bool] | None = None
+        """Sends a waiting reader something at once; returns False if that cannot be done."""
         self.lagging = False
         self.dismissed = False
         self.stuck = False
@@ -62,14 +72,27 @@ class Follower:
         self._reminded = False
         self._closed = False
 
-    def push(self, frame: Frame) -> None:
-        if len(self._unread) >= MAX_UNREAD or self._unread_bytes >= MAX_UNREAD_BYTES:
-            self.lagging = True
-            self.close()
-        if not self._closed:
-            self._unread.append(frame)
-            self._unread_bytes += len(frame.line)
-            self._wake_up()
+    def push(self, frames: Sequence[Frame], part: bytes) -> bool:
+        """Hands events to the reader, which are `part` in one piece; whether it has been sent them already."""
+        if self._takes_now(frames, part):
+            return True
+        for frame in frames:
+            if len(self._unread) >= MAX_UNREAD or self._unread_bytes >= MAX_UNREAD_BYTES:
+                self.lagging = True
+                self.close()
+            if not self._closed:
+                self._unread.append(frame)
+                self._unread_bytes += len(frame.line)
+        self._wake_up()
+        return False
+
+    def _takes_now(self, frames: Sequence[Frame], part: bytes) -> bool:
+        # Only while the reader waits: then nothing is unread, and nothing on its way.
+        waits = self._wake is not None and not self._wake.done()
+        if self.sink is None or not waits or frames[0].event.id <= self.sent or not self.sink(part):
+            return False
+        self.sent = frames[-1].event.id
+        return True
 
     def remind(self) -> None:
         """Makes the reader be told something, also if there is nothing to read; notices if it takes nothing."""
@@ -152,14 +175,25 @@ class Followers:
                 if not self._scopes[place]:
                     del self._scopes[place]
 
-    def show(self, frame: Frame) -> None:
-        """Hands an event to those whose scope it is in. Who has the same scope is asked about once for all."""
-        event = frame.event
-        for place in ((event.run_id, None), (None, event.context_id), (None, None)):
-            for scope, together in self._scopes.get(place, {}).items():
-                if event in scope:
-                    for follower in together:
-                        follower.push(frame)
+    def show(self, frames: Sequence[Frame]) -> None:
+        """Hands events, in their order, to those whose scope they are in, and several of a scope in one piece.
+
+        Who has the same scope is asked about once for all.
+        """
+        for some in _portions(frames):
+            wanted: dict[Scope, list[Frame]] = {}
+            for frame in some:
+                event = frame.event
+                for place in ((event.run_id, None), (None, event.context_id), (None, None)):
+                    for scope in self._scopes.get(place, ()):
+                        if event in scope:
+                            wanted.setdefault(scope, []).append(frame)
+            for scope, found in wanted.items():
+                part, sent = joined(found), False
+                for follower in self._by_scope[scope]:
+                    sent |= follower.push(found, part)
+                if sent:
+                    metrics.note_sent(found[0].written_at)
 
     async def remind(self) -> None:
         """Reminds everybody, again and again, a part at a time."""
@@ -170,6 +204,17 @@ class Followers:
             await asyncio.sleep(due - time())
             for follower in turn:
                 follower.remind()
+
+
+def _portions(frames: Sequence[Frame]) -> Iterator[Sequence[Frame]]:
+    begin = size = 0
+    for end, frame in enumerate(frames):
+        if size and size + len(frame.sse) > _PORTION:
+            yield frames[begin:end]
+            begin, size = end, 0
+        size += len(frame.sse)
+    if size:
+        yield frames[begin:]
 
 
 def _places(scope: Scope) -> list[_Place]:

@@ -100,14 +100,17 @@ class Hub:
         cursor = before = self._cursor
         if cursor is None:
             return
+        ready: list[Frame] = []
         for frame in frames:
             if frame.event.id == cursor + 1:
-                self._show(frame)
+                ready.append(frame)
                 cursor += 1
             elif frame.event.id > cursor and len(self._early) < _MAX_EARLY:
                 self._early[frame.event.id] = frame
         if self._early:
-            cursor = self._show_early(cursor)
+            ready += self._taken_early(cursor)
+        self._show(ready)
+        cursor = self._cursor
         if cursor != before or self._gap is None:
             self._mind_the_gap(_PATIENCE if self._early else None)
 
@@ -227,27 +230,28 @@ class Hub:
             async with self._db.connect() as conn:
                 events = await read_events(conn, Scope(EVERYTHING), after=cursor, limit=_PAGE)
             # Meanwhile some may have come by themselves, or the last reader have left, and perhaps another come.
-            for event in events:
-                if self._cursor is not None and event.id > self._cursor:
-                    self._show(Frame.of(event))
+            if (cursor := self._cursor) is not None:
+                self._show([Frame.of(event) for event in events if event.id > cursor])
             if len(events) < _PAGE:
                 break
         self.take(())
 
-    def _show(self, frame: Frame) -> None:
-        self._followers.show(frame)
-        self._cursor = frame.event.id
+    def _show(self, frames: Sequence[Frame]) -> None:
+        if frames:
+            self._followers.show(frames)
+            self._cursor = frames[-1].event.id
 
-    def _show_early(self, cursor: int) -> int:
-        """Hands out what has waited for its turn, and forgets what has come in another way; returns the new cursor."""
+    def _taken_early(self, cursor: int) -> list[Frame]:
+        """What has waited for its turn, which is now; what has come in another way is forgotten."""
+        ready: list[Frame] = []
         for number in sorted(self._early):
             if number > cursor + 1:
                 break
             frame = self._early.pop(number)
             if number > cursor:
-                self._show(frame)
+                ready.append(frame)
                 cursor = number
-        return cursor
+        return ready
 
     def _mind_the_gap(self, seconds: float | None) -> None:
         """Makes the hub look into PostgreSQL when what is missing has not come by then."""

@@ -24,6 +24,11 @@ class Frame:
         return cls(event, event.encode(), event.written_at)
 
 
+def joined(frames: Sequence[Frame]) -> bytes:
+    """Events as server-sent events in one piece: it is the pieces that cost something, and not what is in them."""
+    return frames[0].sse if len(frames) == 1 else b"".join([frame.sse for frame in frames])
+
+
 class Head(NamedTuple):
     """The first line of a message: of which events it tells."""
 

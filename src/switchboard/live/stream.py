@@ -6,7 +6,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import structlog
 from fastapi import APIRouter, Header, Query, Request
@@ -30,7 +30,7 @@ from switchboard.errors import BadRequest, Forbidden, NotFound, described
 from switchboard.events import Scope, read_events
 from switchboard.live.followers import Follower
 from switchboard.live.hub import CurrentHub, Hub
-from switchboard.live.messages import Frame
+from switchboard.live.messages import Frame, joined
 from switchboard.tables import FINAL, RunStatus, agent_runs
 
 log = structlog.stdlib.get_logger(__name__)
@@ -137,6 +137,15 @@ async def _status(db: AsyncEngine, scope: Scope) -> RunStatus:
 
 PassOn = Callable[[bytes], Awaitable[None]]
 
+
+class Cycle(Protocol):
+    """Of a request that `serve` answers, what can send more of a stream that has begun."""
+
+    async def pass_on(self, part: bytes) -> None: ...
+
+    def pass_on_now(self, part: bytes) -> bool: ...
+
+
 TakeSeat = Callable[[Callable[[], None]], AbstractContextManager[None]]
 """Lets the caller have a stream, and is told how to end it."""
 
@@ -159,20 +168,20 @@ class EventStream(EventSourceResponse):
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         # Where it is served by `serve`: what lies between has nothing to say about the parts of a stream.
-        pass_on: PassOn | None = scope.get("state", {}).get("pass_on")
+        cycle: Cycle | None = scope.get("state", {}).get("cycle")
         try:
             async with self._hub.following(self._wanted) as follower:
                 with self._take_seat(follower.dismiss), metrics.OPEN_STREAMS.track_inprogress():
                     async with asyncio.TaskGroup() as group:
                         # A task of its own: in this one, all that lies above would be woken with it for every event.
-                        sending = group.create_task(self._send_to(follower, send, pass_on))
+                        sending = group.create_task(self._send_to(follower, send, cycle))
                         follower.when_stuck = sending.cancel
                         await self._listen_for_disconnect(receive)
                         sending.cancel()
         except* SendTimeoutError:
             log.info("browser that did not read was sent away")
 
-    async def _send_to(self, follower: Follower, send: Send, pass_on: PassOn | None) -> None:
+    async def _send_to(self, follower: Follower, send: Send, cycle: Cycle | None) -> None:
         async def send_part(part: bytes) -> None:
             await send({"type": "http.response.body", "body": part, "more_body": True})
 
@@ -184,7 +193,10 @@ class EventStream(EventSourceResponse):
                     follower.unheard = 0
                     await send_on(chunk)
                     follower.unheard = None
-                    send_on = pass_on or send_part  # the head has left with the first
+                    if cycle is not None:  # the head has left with the first
+                        send_on = cycle.pass_on
+                        # The end of a run is the end of its stream, and more than one event.
+                        follower.sink = cycle.pass_on_now if self._wanted.run_id is None else None
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except asyncio.CancelledError:
             if follower.stuck:
@@ -195,33 +207,33 @@ class EventStream(EventSourceResponse):
 async def follow(db: AsyncEngine, hub: Hub, follower: Follower, after: int | None) -> AsyncGenerator[bytes, None]:
     """What a reader is sent: a replay of what came after `after`, if it is given, then what the follower gets."""
     yield _greeting(follower.joined_after if after is None else None)
-    run_id, sent, cut = follower.scope.run_id, follower.joined_after, False
+    run_id, cut = follower.scope.run_id, False
     try:
         # Asked after joining: if the run ends from here on, its last event comes through the follower.
         status = await _status(db, follower.scope) if run_id is not None else None
         over = status in FINAL
         if after is not None or over:
-            sent = after = await _within_this_life(hub, follower, after)
+            follower.sent = after = await _within_this_life(hub, follower, after)
             # The hub may lag behind a run that is over, and nobody will follow it.
             async for page in _replay(db, follower.scope, after, None if over else follower.joined_after):
-                sent = page[-1].event.id
-                yield _joined(page)
+                follower.sent = page[-1].event.id
+                yield joined(page)
                 if cut := follower.dismissed:
                     break  # it resumes there, and must not be sent what came later
         while not (over or cut) and (unread := await follower.read()) is not None:
-            if page := _later(unread, sent):
-                sent = page[-1].event.id
+            if page := _later(unread, follower.sent):
+                follower.sent = page[-1].event.id
                 status = page[-1].event.status
                 over = run_id is not None and status in FINAL
                 metrics.note_sent(page[0].written_at)
-                yield _joined(page)
+                yield joined(page)
             elif not unread:
                 yield _STILL_HERE
     except (SQLAlchemyError, OSError) as error:
         # The browser reconnects and resumes; by then PostgreSQL may be back.
         log.warning("stream ended; PostgreSQL is away", error=error)
         return
-    for word in _last_words(follower, sent, status if over and not cut else None):
+    for word in _last_words(follower, status if over and not cut else None):
         yield word
 
 
@@ -232,13 +244,13 @@ def _greeting(here: int | None) -> bytes:
     return b": connected\nretry: %d\n%b\n" % (retry, place)
 
 
-def _last_words(follower: Follower, sent: int, outcome: RunStatus | None) -> Iterator[bytes]:
+def _last_words(follower: Follower, outcome: RunStatus | None) -> Iterator[bytes]:
     """Why a stream ends: its run has, with this outcome, or its reader's time, or the service is about to."""
     if outcome is not None:
         end = to_json({"run_id": follower.scope.run_id, "status": outcome})
-        yield b"id: %d.end\nevent: end\ndata: %b\n\n" % (sent, end)
+        yield b"id: %d.end\nevent: end\ndata: %b\n\n" % (follower.sent, end)
     elif follower.dismissed:
-        yield b"id: %d\nevent: renew\ndata: %b\n\n" % (sent, to_json({"error": "Access has ended"}))
+        yield b"id: %d\nevent: renew\ndata: %b\n\n" % (follower.sent, to_json({"error": "Access has ended"}))
     elif not follower.lagging:
         yield b": goodbye, resume elsewhere\n\n"
 
@@ -246,11 +258,6 @@ def _last_words(follower: Follower, sent: int, outcome: RunStatus | None) -> Ite
 def _later(frames: Sequence[Frame], sent: int) -> Sequence[Frame]:
     """Those of events that were not sent yet. Most often all of them."""
     return frames if frames and frames[0].event.id > sent else [frame for frame in frames if frame.event.id > sent]
-
-
-def _joined(frames: Sequence[Frame]) -> bytes:
-    """Events in one piece: it is the pieces that cost something, and not what is in them."""
-    return b"".join([frame.sse for frame in frames])
 
 
 async def _within_this_life(hub: Hub, follower: Follower, after: int | None) -> int:
