@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from structlog.testing import capture_logs
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
@@ -41,6 +42,24 @@ class Raw(Response):
     def __init__(self, body: bytes, *headers: tuple[bytes, bytes], status: int = 200) -> None:
         super().__init__(body, status)
         self.raw_headers = [*headers]
+
+
+class Passed(Response):
+    """A stream that goes on past everything around it, until its client reads no more; then it says so."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope["state"]
+        cycle: Any = state["cycle"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first;", "more_body": True})
+        assert cycle.pass_on_now(b"")
+        while cycle.pass_on_now(b"x" * 100_000):
+            pass
+        state["seen"].append("refused")
+        await cycle.pass_on(b";last")
+        if cycle.disconnected:
+            state["seen"].append(cycle.pass_on_now(b";to nobody"))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 ANSWERS: dict[str, Callable[[], Response]] = {
@@ -102,6 +121,10 @@ def application(settings: Settings) -> FastAPI:  # noqa: C901  # one endpoint af
     @app.get("/answers/{what}")
     async def answers(what: str) -> Response:
         return ANSWERS[what]()
+
+    @app.get("/passed")
+    async def passed() -> Response:
+        return Passed()
 
     @app.post("/body")
     async def body(request: Request) -> dict[str, Any]:
@@ -875,6 +898,28 @@ async def test_a_body_that_comes_with_its_head_is_bounded_like_any_other(patient
     async with patient.client() as client:
         await client.send(CHUNKED + b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"x" * size))
         assert (await client.answer())[0] == status
+
+
+async def test_who_does_not_read_is_passed_nothing_on_and_misses_nothing(patient: Server):
+    async with patient.client() as client:
+        await client.send(b"GET /passed HTTP/1.1\r\nHost: h\r\n\r\n")
+        await until(lambda: "refused" in patient.state["seen"])
+        await client.reader.readuntil(b"\r\n\r\n")
+        parts = []
+        while size := int(await client.reader.readline(), 16):
+            parts.append((await client.reader.readexactly(size + 2))[:-2])
+    first, *middle, last = parts
+    assert (first, last) == (b"first;", b";last")
+    assert set(middle) == {b"x" * 100_000}
+
+
+async def test_who_has_left_is_passed_nothing_on(patient: Server, caplog: pytest.LogCaptureFixture):
+    patient.state["seen"].clear()
+    async with patient.client() as client:
+        await client.send(b"GET /passed HTTP/1.1\r\nHost: h\r\n\r\n")
+        await until(lambda: "refused" in patient.state["seen"])
+    await until(lambda: patient.state["seen"] == ["refused", True])
+    assert from_uvicorn(caplog) == []
 
 
 async def test_an_answer_that_comes_to_nothing_before_its_body_is_an_error(patient: Server):
