@@ -47,7 +47,7 @@ class Raw(Response):
 class Passed(Response):
     """A stream that goes on past everything around it, until its client reads no more; then it says so."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # as Starlette calls it
         state = scope["state"]
         cycle: Any = state["cycle"]
         await send({"type": "http.response.start", "status": 200, "headers": []})
