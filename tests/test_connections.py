@@ -204,6 +204,11 @@ async def test_a_connection_leaves_nothing_for_the_garbage_collector():
                 assert (await ask(server.url)).content == b"OK"
                 await soon(server.gone.wait())
             await until(lambda: exchanges() == 0)
+        with listener() as silent:
+            port = silent.getsockname()[1]
+        with pytest.raises(httpx.ConnectError):
+            await ask(f"http://127.0.0.1:{port}/")
+        await until(lambda: exchanges() == 0)
     finally:
         gc.enable()
 

@@ -287,9 +287,9 @@ async def test_what_is_written_together_is_written_in_nobody_s_name(
         return await genuine(*arguments, **named)
 
     monkeypatch.setattr(intake, way, watched)
-    saying = bound.begin(request_id="of the one who came first")
+    bound.begin(request_id="of the one who came first")
     await Intake(line, Silent(), Leaving()).take(new(run_id))
-    bound.end(saying)
+    bound.end()
     assert names == [{}]
 
 

@@ -201,6 +201,43 @@ async def test_an_answer_that_breaks_off_is_logged_and_not_completed():
     assert [line["event"] for line in lines] == ["unexpected error", "request"]
 
 
+async def test_what_is_said_behind_a_request_is_not_said_in_the_name_of_another(caplog: pytest.LogCaptureFixture):
+    """What breaks off is told of by uvicorn, outside of everything here."""
+    said: list[dict[str, Any]] = []
+
+    class Listening(logging.Handler):
+        def emit(self, _: logging.LogRecord) -> None:
+            said.append(dict(current()))
+
+    listening = Listening()
+    logging.getLogger("uvicorn.error").addHandler(listening)
+    try:
+        async with serving(lambda _: application()) as (url, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
+            requests = ("things/1 HTTP/1.1\r\nX-Request-ID: the-first", "halfway HTTP/1.1")
+            writer.write("".join([f"GET /api/{request}\r\nHost: x\r\n\r\n" for request in requests]).encode())
+            assert b"the-first" in await reader.read()
+            writer.close()
+            await writer.wait_closed()
+    finally:
+        logging.getLogger("uvicorn.error").removeHandler(listening)
+    assert "ASGI callable returned without completing response." in caplog.text
+    assert said == [{}]
+
+
+async def test_what_is_for_the_api_alone_is_on_none_of_its_neighbours():
+    app = application()
+
+    @app.get("/things/{thing}")
+    async def thing() -> dict[str, str]:
+        return {}
+
+    async with client(app) as http:
+        for _ in range(2):
+            assert (await http.get("/api/things/1")).headers["cache-control"] == "no-store"
+            assert "cache-control" not in (await http.get("/things/1")).headers
+
+
 async def test_an_answer_that_breaks_off_ends_its_connection():
     async with serving(lambda _: application()) as (url, _), httpx.AsyncClient(base_url=url) as http:
         with pytest.raises(httpx.RemoteProtocolError, match="without sending complete"):

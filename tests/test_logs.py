@@ -84,9 +84,9 @@ def test_in_production_a_line_is_json(configured: Lines):
     execution_id = uuid4()
 
     def work() -> None:
-        saying = bound.begin(request_id="r-1")
+        bound.begin(request_id="r-1")
         log.warning("execution unconfirmed", execution_id=execution_id, tries=2, seconds=0.5, more={"a": [None]})
-        bound.end(saying)
+        bound.end()
 
     line = only(configured(work, **PRODUCTION))
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("timestamp"))
@@ -163,13 +163,13 @@ def test_it_can_be_configured_again_and_touches_no_other_handler(configured: Lin
 @pytest.mark.parametrize("more", [PRODUCTION, {}])
 def test_a_harmless_line_is_like_any_other(configured: Lines, more: dict[str, Any]):
     def say(kind: str) -> None:
-        saying = bound.begin(request_id="1")
+        bound.begin(request_id="1")
         fields = {"method": "GET", "status": 200, "ms": 0.5}
         if kind == "usual":
             log.info("request", **fields)
         else:
             harmless("request", **fields)
-        bound.end(saying)
+        bound.end()
 
     def told(line: str) -> Any:
         if not more:

@@ -4,12 +4,14 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import httpx
 import pytest
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -414,8 +416,22 @@ async def test_what_nobody_reads_is_not_listened_to(
     db: AsyncEngine, servers: Servers, context_id: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(hubs, "_QUIET", 0.02)
-    monkeypatch.setattr(hubs, "_LINGER", 0.3)
     monkeypatch.setattr(hubs, "_LOOK_EVERY", 3600)
+    pings = subscriptions = 0
+    ping, subscribe = PubSub.ping, PubSub.subscribe
+
+    async def counted_ping(self: PubSub) -> Any:
+        nonlocal pings
+        pings += 1
+        return await ping(self)
+
+    async def counted_subscribe(self: PubSub, *names: Any) -> Any:
+        nonlocal subscriptions
+        subscriptions += 1
+        return await subscribe(self, *names)
+
+    monkeypatch.setattr(PubSub, "ping", counted_ping)
+    monkeypatch.setattr(PubSub, "subscribe", counted_subscribe)
     redis = Redis.from_url(servers.redis_url)
     name = str(uuid4())
     channel = Channel(db)
@@ -427,6 +443,7 @@ async def test_what_nobody_reads_is_not_listened_to(
     hub = Hub(db, redis, channel)
     async with hub.running(), asyncio.timeout(20):
         for number in range(2):
+            monkeypatch.setattr(hubs, "_LINGER", 3600)
             assert await is_quiet()
             async with hub.following(Scope(EVERYTHING, context_id)) as follower:
                 # Whether it listens already or not, what another process writes is not missed.
@@ -437,9 +454,13 @@ async def test_what_nobody_reads_is_not_listened_to(
                 assert [frame.event.data for frame in await follower.read() or ()] == [number]
                 await until(lambda: is_heard(redis, name))
             # A page that is loaded again finds it as it was.
-            async with hub.following(Scope(EVERYTHING, context_id)):
-                assert await is_heard(redis, name)
+            await until(partial(lambda enough: pings >= enough, pings + 3))
+            assert await is_heard(redis, name)
+            monkeypatch.setattr(hubs, "_LINGER", 0)
             await until(is_quiet)
+            for _ in range(20):
+                await redis.ping()
+            assert subscriptions == number + 1
     await redis.aclose()
 
 

@@ -1,6 +1,5 @@
 """The service, put together."""
 
-import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from switchboard import __version__, callbacks, console, edge, errors, health, logs, reference, tracing
+from switchboard import __version__, callbacks, console, edge, errors, garbage, health, logs, reference, tracing
 from switchboard.access import routes as access
 from switchboard.deliveries import routes as deliveries
 from switchboard.direct import Application
@@ -87,14 +86,9 @@ def alone_without_worker() -> FastAPI:
 
 
 def _for_long(app: FastAPI) -> FastAPI:
-    """Spares what is there now the search for garbage, for which everything stops: a seventh of a second, each time."""
-    gc.set_threshold(_OBJECTS)
-    gc.freeze()
+    garbage.search_rarely()
+    garbage.spare_what_is_there()
     return app
-
-
-_OBJECTS = 20_000
-"""How many more there may be before the new ones are searched for garbage; requests leave none."""
 
 
 def _corrected(document: dict[str, Any], *, anonymous: bool) -> dict[str, Any]:

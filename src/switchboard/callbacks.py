@@ -28,7 +28,7 @@ class CallbackOut(BaseModel):
 
 
 async def _check_key(request: Request) -> None:
-    settings: Settings = request.scope["state"]["settings"]
+    settings: Settings = request.state.settings
     expected = settings.callback_key
     if expected is None:
         return
@@ -50,7 +50,7 @@ async def receive(request: Request) -> Response:
 
     A callback of a run that is not known yet is answered 404 and kept: it is applied when the run becomes known.
     """
-    intake: Intake = request.scope["state"]["intake"]
+    intake: Intake = request.state.intake
     kind, becomes = metrics.OTHER, "refused"
     try:
         # The key is checked before a byte of the body is read.

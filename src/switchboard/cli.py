@@ -5,7 +5,6 @@ What a command needs is imported when it runs: everything together takes longer 
 
 import asyncio
 import contextlib
-import gc
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_group
 
-from switchboard import __version__, local
+from switchboard import __version__, garbage, local
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -57,7 +56,7 @@ _LOOPBACK = (local.LOOPBACK, "localhost", "::1")
 def main() -> None:
     """Runs the command; what went wrong is a line, not a traceback."""
     # Nearly all that an import makes stays: to look through it for garbage every 700 objects takes a fifth of a start.
-    gc.set_threshold(20_000)
+    garbage.search_rarely()
     try:
         app()
     except Exception as error:  # noqa: BLE001  # Python's own traceback would repeat, say, a malformed password

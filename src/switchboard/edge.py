@@ -198,7 +198,7 @@ class Edge:
                 message["headers"] = self._completed(headers, scope, request_id)
             await send(message)
 
-        saying = bound.begin(request_id=request_id)
+        bound.begin(request_id=request_id)
         try:
             await self._app(scope, receive, answer)
         finally:
@@ -212,7 +212,7 @@ class Edge:
                 log.log(level, "request", **said)
             else:
                 harmless(_requests, level, "request", **said)
-            bound.end(saying)
+            bound.end()
 
     def _completed(
         self, headers: Iterable[tuple[bytes, bytes]], scope: Scope, request_id: str

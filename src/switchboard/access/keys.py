@@ -62,7 +62,7 @@ def is_one(text: str) -> bool:
 
 _KEYS: Select[Any] = select(api_keys)
 
-# Put together once: both come with nearly every request.
+# Put together once: nearly every request asks one of the two.
 _NAMED = _KEYS.where(api_keys.c.id == bindparam("key_id"))
 # By its digest, so that how long it takes tells nothing about the keys that there are.
 _FOUND = (

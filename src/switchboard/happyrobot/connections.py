@@ -143,7 +143,7 @@ class _Exchange(asyncio.Protocol):
         self._request = request
         self._answer = answer
         self._left = largest
-        self._parser: Any = httptools.HttpResponseParser(self)
+        self._parser: Any = None
         self._transport: Any = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._body: list[bytes] = []
@@ -163,6 +163,7 @@ class _Exchange(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
+        self._parser = httptools.HttpResponseParser(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None:

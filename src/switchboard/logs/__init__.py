@@ -1,7 +1,7 @@
 """What is logged, ours and the libraries': one line each, on standard error, with nothing secret in it.
 
 Our modules only ask structlog for a logger, and log a constant sentence and named fields. An exception can be such a
-field.
+field. The one line that comes with every request takes a shorter way.
 """
 
 import asyncio
@@ -55,13 +55,15 @@ def harmless(logger: logging.Logger, level: int, event: str, **fields: Any) -> N
     """
     if logger.isEnabledFor(level):
         record = _Harmless.__new__(_Harmless)
+        now = time.time()
         record.__dict__ = {
             **_USUAL,
             "name": logger.name,
             "msg": {"event": event, **fields},
             "levelno": level,
             "levelname": logging.getLevelName(level),
-            "created": time.time(),
+            "created": now,
+            "msecs": now % 1 * 1000,
         }
         logger.handle(record)
 

@@ -1,27 +1,30 @@
 """What each line says that is logged for the same request: its id, and by and by more."""
 
 from collections.abc import Mapping
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
-_bound: ContextVar[Mapping[str, Any]] = ContextVar("bound", default=MappingProxyType({}))
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+_bound: ContextVar[Mapping[str, Any]] = ContextVar("bound", default=_NOTHING)
 
 
-def begin(**fields: Any) -> Token[Mapping[str, Any]]:
+def begin(**fields: Any) -> None:
     """Says these from now on, and nothing else.
 
     A request that waited behind another one on a connection begins in its context, and is not about its key.
     """
-    return _bound.set(fields)
+    _bound.set(fields)
 
 
 def add(**fields: Any) -> None:
     _bound.set({**_bound.get(), **fields})
 
 
-def end(token: Token[Mapping[str, Any]]) -> None:
-    _bound.reset(token)
+def end() -> None:
+    """Says nothing from now on. What was said before `begin` was about somebody else."""
+    _bound.set(_NOTHING)
 
 
 def current() -> Mapping[str, Any]:
