@@ -436,7 +436,7 @@ async def test_a_run_shows_its_conversation_and_plays_its_recordings(service: Se
     await page.get_by_role("button", name="Get recordings").click()
     sound = page.locator("audio")
     await expect(sound).to_be_visible()
-    await page.wait_for_function("document.querySelector('audio').duration > 0")
+    await until(lambda: page.evaluate("document.querySelector('audio').duration > 0"))
 
 
 async def test_what_cannot_be_had_is_said_in_a_sentence(

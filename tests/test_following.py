@@ -147,6 +147,7 @@ async def test_who_waits_is_sent_what_happens_at_once_and_in_one_piece():
     await asyncio.sleep(0)
     frames = [frame(1), frame(2), frame(3, context_id="other"), frame(4)]
     everybody.show(frames)
+    assert follower.sent == 4
     everybody.show(FRAMES[:1])  # of another context
     everybody.show([frame(5)])
     assert sink.sent == [frames[0].sse + frames[1].sse + frames[3].sse, frame(5).sse]
@@ -196,6 +197,12 @@ async def test_who_has_seen_more_is_not_sent_it_again():
         everybody.show([frame(number)])
     assert sink.sent == [frame(8).sse]
     reading.cancel()
+    follower.sent = 9
+    reading = waits(follower)
+    await asyncio.sleep(0)
+    everybody.show([frame(9), frame(10)])  # it is for the reader to see which of them is new
+    assert [each.event.id for each in await reading or ()] == [9, 10]
+    assert sink.sent == [frame(8).sse]
 
 
 async def test_a_reader_that_has_ended_is_sent_nothing():
@@ -355,11 +362,11 @@ async def test_the_echo_of_our_own_events_is_not_even_read(hub: Hub, monkeypatch
         first = reader.joined_after + 1
         frames = [frame(first + ahead) for ahead in range(4)]
         hub.take(frames[:2])
-        assert hub._continue_with(pack(frames[:2]))
+        assert hub._continue_with([pack(frames[:2])])
         hub.take(frames[3:])
-        assert hub._continue_with(pack(frames[3:]))  # while they wait for the third
+        assert hub._continue_with([pack(frames[3:])])  # while they wait for the third
         assert not read
-        assert hub._continue_with(pack(frames[2:3]))  # another's
+        assert hub._continue_with([pack(frames[2:3])])  # another's
         assert len(read) == 1
         assert await ids(reader) == [each.event.id for each in frames]
 
@@ -381,6 +388,23 @@ async def test_our_own_events_do_not_wait_for_redis(hub: Hub, db: AsyncEngine):
             announcer.announce([frame(reader.joined_after + ahead).event])
             assert [each.event.id for each in await reader.read() or ()] == [reader.joined_after + ahead]
         publishing.cancel()
+
+
+async def test_what_has_piled_up_is_sent_in_one_piece(hub: Hub):
+    async with hub.following(Scope(EVERYTHING)) as reader, asyncio.timeout(20):
+        sink = Sink()
+        reader.sink = sink
+        reading = waits(reader)
+        await asyncio.sleep(0)
+        first = reader.joined_after + 1
+        hub._inbox.get_nowait()  # the wish to look that comes with the first reader
+        for number in range(first, first + 50):
+            hub.hear(pack([frame(number)]))
+        handing_out = asyncio.create_task(hub._hand_out())
+        await until(lambda: reader.sent == first + 49)
+        assert sink.sent == [b"".join(frame(number).sse for number in range(first, first + 50))]
+        for task in (handing_out, reading):
+            task.cancel()
 
 
 # Those who are quiet

@@ -274,8 +274,8 @@ async def test_a_batch_is_one_observation_of_its_oldest_event(db: AsyncEngine, c
     hub = Hub(db, cast("Redis", None), Channel(db))
     async with hub.following(Scope(EVERYTHING, "c")) as follower:
         first, now = follower.joined_after + 1, time.time()
-        assert hub._continue_with(packed(event(first, now - 3600), event(first + 1, now)))
-        assert hub._continue_with(packed(event(first + 2, now)))
+        assert hub._continue_with([packed(event(first, now - 3600), event(first + 1, now))])
+        assert hub._continue_with([packed(event(first + 2, now))])
         stream = follow(db, hub, follower, None)
         assert (await anext(stream)).startswith(b": connected")
         assert (await anext(stream)).count(b"data:") == 3

@@ -330,6 +330,22 @@ async def test_without_redis_streams_keep_up_from_postgresql(
         assert [event["data"] for event in await take(far, 3)] == [0, 1, 2]
 
 
+async def test_who_follows_a_context_is_written_to_where_an_event_is_shown(
+    service: Service, run_id: str, context_id: str
+):
+    """And who follows a run is not: its end is more than one event."""
+    hub: Hub = service.state["hub"]
+    async with service.stream(context_id=context_id) as wide, service.stream(run_id=run_id) as narrow:
+        for number in range(2):
+            await service.callback(run_id, "log", number)
+            assert [event["data"] for event in await take(wide, 1)] == [number]
+            assert [event["data"] for event in await take(narrow, 1)] == [number]
+        mine = [each for each in hub._followers if context_id == each.scope.context_id or run_id == each.scope.run_id]
+        sinks = {each.scope.run_id: each.sink for each in mine}
+    assert sinks[None] is not None
+    assert sinks[run_id] is None
+
+
 async def is_heard(redis: Redis, channel: str) -> bool:
     """Whether somebody listens to a channel."""
     [(_, count)] = await redis.pubsub_numsub(channel)
@@ -415,7 +431,7 @@ async def test_a_subscription_that_went_deaf_is_replaced(
 async def test_what_nobody_reads_is_not_listened_to(
     db: AsyncEngine, servers: Servers, context_id: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(hubs, "_QUIET", 0.02)
+    monkeypatch.setattr(hubs, "_QUIET", 0.3)
     monkeypatch.setattr(hubs, "_LOOK_EVERY", 3600)
     pings = subscriptions = 0
     ping, subscribe = PubSub.ping, PubSub.subscribe

@@ -70,7 +70,8 @@ _callbacks = _counter(
 )
 _event_to_browser = _histogram(
     "switchboard_event_to_browser_seconds",
-    "From the moment when an event was written until it was sent to those who waited for it, or, of a batch, to one.",
+    "From when an event was written until it was sent: once for all streams that waited for it, and for each that was "
+    "behind; of a batch the oldest, replays not counted.",
     buckets=_FOR_NEWS,
 )
 OPEN_STREAMS = Gauge(

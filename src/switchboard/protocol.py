@@ -65,18 +65,22 @@ class _Cycle(RequestResponseCycle):
 
     async def pass_on(self, part: bytes) -> None:
         """Sends more of an answer that has begun without a length, past everything that has been put around `send`."""
-        if self.flow.write_paused and not self.disconnected:
+        while self.flow.write_paused and not self.disconnected:
             await self.flow.drain()
-        self.pass_on_now(part)
+        if part and not self.disconnected:  # one without anything in it would be the last
+            self.transport.write(_chunk(part))
 
     def pass_on_now(self, part: bytes) -> bool:
-        """As `pass_on`, unless its client does not read: then nothing is sent, and False returned."""
+        """As `pass_on`, unless its client does not read: then nothing is sent, and False returned.
+
+        What is sent to many is best sent to one after the other.
+        """
         if self.disconnected or self.transport.is_closing():
             return True
         if self.flow.write_paused:
             return False
-        if part:  # one without anything in it would be the last
-            self.transport.write(_chunk(part))
+        if part:
+            self.transport.write(_same_chunk(part))
         return True
 
     async def send(self, message: Any) -> None:
@@ -124,10 +128,11 @@ class _Cycle(RequestResponseCycle):
         return True
 
 
-@lru_cache(maxsize=1)
 def _chunk(part: bytes) -> bytes:
-    """Most often the one before was the same, for another stream."""
     return b"%x\r\n%b\r\n" % (len(part), part)
+
+
+_same_chunk = lru_cache(maxsize=1)(_chunk)
 
 
 _WITH_BODIES = frozenset({"GET", "POST", "DELETE"})

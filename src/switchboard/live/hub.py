@@ -198,10 +198,13 @@ class Hub:
                     message = await self._inbox.get()
             except TimeoutError:
                 message = b""
+            messages = [message]
+            while not self._inbox.empty():
+                messages.append(self._inbox.get_nowait())
             if self._cursor is None:
                 continue
             try:
-                if not (message and self._continue_with(message)):
+                if not self._continue_with(messages):
                     await self._catch_up()
             except (SQLAlchemyError, OSError) as error:
                 # Streams stay open meanwhile; the next look, or the next message, fills the gap.
@@ -210,16 +213,19 @@ class Hub:
                 # Nobody waits for this task, and every stream of the process waits for it.
                 log.exception("streams are late")
 
-    def _continue_with(self, message: bytes) -> bool:
-        """Takes a message's events; False if it says nothing that can be read."""
+    def _continue_with(self, messages: Sequence[bytes]) -> bool:
+        """Takes the events of messages, all at once; False if one says nothing that can be read."""
+        frames: list[Frame] = []
         try:
-            last = head_of(message).last
-            # Most are this process's own, which has them already.
-            if last > (self._cursor or 0) and last not in self._early:
-                self.take(unpack(message)[1])
+            for message in messages:
+                last = head_of(message).last
+                # Most are this process's own, which has them already.
+                if last > (self._cursor or 0) and last not in self._early:
+                    frames += unpack(message)[1]
         except ValueError:
-            # Not ours, or of a newer version during a deployment. PostgreSQL knows.
+            # A wish to look, not ours, or of a newer version during a deployment. PostgreSQL knows.
             return False
+        self.take(frames)
         return True
 
     async def _catch_up(self) -> None:
