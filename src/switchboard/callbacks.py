@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from switchboard import bodies, metrics, tracing
 from switchboard.access.limits import Failures, address_of
-from switchboard.direct import DirectRoute
+from switchboard.direct import direct
 from switchboard.errors import NotFound, Unauthorized, described
 from switchboard.happyrobot.payloads import CLOUD_EVENT, CallbackIn, read_callback
 from switchboard.runs.intake import Intake
@@ -45,6 +45,31 @@ def _header(name: str, description: str) -> dict[str, Any]:
     return {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": description}
 
 
+# Most of all requests are callbacks.
+@direct(
+    router,
+    "POST",
+    "/api/webhooks/happyrobot",
+    summary="Take a callback of HappyRobot",
+    response_model=CallbackOut,
+    responses=described(400, 401, 404, 408, 413, 429),
+    openapi_extra={
+        "parameters": [
+            _header("X-API-KEY", "`HAPPYROBOT_CALLBACK_KEY`, if one is set."),
+            _header("X-Webhook-Id", "The same for every copy of a callback."),
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": bodies.shown(CallbackIn),
+                "application/cloudevents+json": {
+                    "schema": {"type": "object", "required": ["specversion", "id", "type", "data"]},
+                    "example": CLOUD_EVENT,
+                },
+            },
+        },
+    },
+)
 async def receive(request: Request) -> Response:
     """Appends the event to its run's timeline and moves the run. Answered once that is committed.
 
@@ -80,33 +105,3 @@ def _in_a_word(outcome: Outcome) -> str:
             return "duplicate"
         case _:
             return "recorded"
-
-
-# Most of all requests are callbacks.
-router.routes.append(
-    DirectRoute(
-        "/api/webhooks/happyrobot",
-        receive,
-        methods=["POST"],
-        tags=["callbacks"],
-        summary="Take a callback of HappyRobot",
-        response_model=CallbackOut,
-        responses=described(400, 401, 404, 408, 413, 429),
-        openapi_extra={
-            "parameters": [
-                _header("X-API-KEY", "`HAPPYROBOT_CALLBACK_KEY`, if one is set."),
-                _header("X-Webhook-Id", "The same for every copy of a callback."),
-            ],
-            "requestBody": {
-                "required": True,
-                "content": {
-                    "application/json": bodies.shown(CallbackIn),
-                    "application/cloudevents+json": {
-                        "schema": {"type": "object", "required": ["specversion", "id", "type", "data"]},
-                        "example": CLOUD_EVENT,
-                    },
-                },
-            },
-        },
-    )
-)

@@ -7,7 +7,7 @@ routes first: the endpoint is given the request, and returns the response.
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
@@ -32,6 +32,17 @@ class DirectRoute(APIRoute):
         except Exception as error:  # noqa: BLE001  # what nobody expected is raised again
             response = errors.rendered(scope["path"], error)
         await response(scope, receive, send)
+
+
+def direct(router: APIRouter, method: str, path: str, **options: Any) -> Callable[[Endpoint], Endpoint]:
+    """Adds a direct route to a router, as its own decorators add the others."""
+
+    def add(endpoint: Endpoint) -> Endpoint:
+        route = DirectRoute(router.prefix + path, endpoint, methods=[method], tags=router.tags, **options)
+        router.routes.append(route)
+        return endpoint
+
+    return add
 
 
 class Application(FastAPI):

@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Response
 from pydantic import BaseModel, Field
-from pydantic_core import to_json
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import HTTPConnection, Request
@@ -12,7 +11,7 @@ from starlette.requests import HTTPConnection, Request
 from switchboard.access.callers import Caller, Reader, Starter, caller_of, reader, starter
 from switchboard.bodies import Id, body_of, check, parse, read
 from switchboard.database import Db, singly
-from switchboard.direct import DirectRoute
+from switchboard.direct import direct
 from switchboard.errors import described
 from switchboard.events import IdOfRun, Timestamp, iso
 from switchboard.happyrobot.client import POLL, CurrentHappyRobot
@@ -22,7 +21,7 @@ from switchboard.runs.cancel import Canceler
 from switchboard.runs.details import DetailsOut, details, recordings
 from switchboard.runs.intake import CurrentIntake
 from switchboard.runs.queries import find_run, found, platform_link
-from switchboard.runs.reading import PlatformUrl, RunId
+from switchboard.runs.reading import PlatformUrl, RunId, as_json
 from switchboard.runs.status import Standing, advance
 from switchboard.runs.trigger import IdempotencyKey, TriggerIn, TriggerOut, UnconfirmedOut, checked_key, start
 from switchboard.settings import CurrentSettings
@@ -80,6 +79,23 @@ async def _asked_for(
     """What `trigger` takes from the request by itself, for the document."""
 
 
+# Somebody waits for each of them, and for whoever comes after.
+@direct(
+    router,
+    "POST",
+    "/trigger",
+    summary="Start a workflow",
+    dependencies=[Depends(_asked_for)],
+    response_model=TriggerOut,
+    responses=described(400, 401, 403, 404, 408, 409, 413, 422, 429)
+    | {
+        502: {
+            "model": UnconfirmedOut,
+            "description": "HappyRobot did not confirm it; `status` says what that means.",
+        }
+    },
+    openapi_extra=body_of(TriggerIn),
+)
 async def trigger(request: Request) -> Response:
     """Starts a workflow and tracks the runs that HappyRobot names.
 
@@ -105,28 +121,6 @@ async def trigger(request: Request) -> Response:
     return Response(started.model_dump_json(), media_type="application/json")
 
 
-# Somebody waits for each of them, and for whoever comes after.
-router.routes.append(
-    DirectRoute(
-        f"{router.prefix}/trigger",
-        trigger,
-        methods=["POST"],
-        tags=router.tags,
-        summary="Start a workflow",
-        dependencies=[Depends(_asked_for)],
-        response_model=TriggerOut,
-        responses=described(400, 401, 403, 404, 408, 409, 413, 422, 429)
-        | {
-            502: {
-                "model": UnconfirmedOut,
-                "description": "HappyRobot did not confirm it; `status` says what that means.",
-            }
-        },
-        openapi_extra=body_of(TriggerIn),
-    )
-)
-
-
 @router.get("/workflows", summary="List what can be started", responses=described(400, 401, 403, 429))
 async def list_workflows(db: Db, settings: CurrentSettings, caller: Starter) -> list[WorkflowOut]:
     """`default` first, where it is there, then the others by id; those that are disabled say so."""
@@ -148,6 +142,16 @@ async def _status_asked_for(caller: Reader, asked: Annotated[_StatusAsked, Query
     """What `status` takes from the request by itself, for the document."""
 
 
+# Frontends ask again and again.
+@direct(
+    router,
+    "GET",
+    "/status",
+    summary="Ask for a run's status",
+    dependencies=[Depends(_status_asked_for)],
+    response_model=StatusOut,
+    responses=described(400, 401, 403, 404, 429),
+)
 async def status(request: Request) -> Response:
     """Asks HappyRobot about a run that is not over, and records what it says; the database answers otherwise.
 
@@ -177,22 +181,7 @@ async def status(request: Request) -> Response:
     }
     if url := platform_link(request.state.settings, run):
         fields["platform_url"] = url
-    return Response(to_json(fields), media_type="application/json")
-
-
-# Frontends ask again and again.
-router.routes.append(
-    DirectRoute(
-        f"{router.prefix}/status",
-        status,
-        methods=["GET"],
-        tags=router.tags,
-        summary="Ask for a run's status",
-        dependencies=[Depends(_status_asked_for)],
-        response_model=StatusOut,
-        responses=described(400, 401, 403, 404, 429),
-    )
-)
+    return as_json(fields)
 
 
 @router.get(

@@ -12,7 +12,7 @@ from sqlalchemy import Row
 from switchboard.access.callers import Reader, caller_of, reader
 from switchboard.bodies import Id, ShortText, check
 from switchboard.database import Db, singly
-from switchboard.direct import DirectRoute
+from switchboard.direct import direct
 from switchboard.errors import described
 from switchboard.events import (
     EventOut,
@@ -131,7 +131,7 @@ def _run_out(settings: Settings, run: Row[Any], metadata: dict[str, Any]) -> dic
     return fields
 
 
-def _json(content: object) -> Response:
+def as_json(content: object) -> Response:
     return Response(to_json(content), media_type="application/json")
 
 
@@ -149,6 +149,16 @@ async def _asked_for(caller: Reader, asked: Annotated[_Asked, Query()]) -> None:
     """What `runs` takes from the request by itself, for the document."""
 
 
+# Every page that shows runs begins with it.
+@direct(
+    router,
+    "GET",
+    "/runs",
+    summary="List runs, newest first",
+    dependencies=[Depends(_asked_for)],
+    response_model=list[RunOut],
+    responses=described(400, 401, 403, 429),
+)
 async def runs(request: Request) -> Response:
     """A page of runs. `Link` leads to the next one, if there is one."""
     caller = await reader(await caller_of(request))
@@ -161,25 +171,10 @@ async def runs(request: Request) -> Response:
         rows = await list_runs(conn, wanted, caller.sight, limit=asked.limit + 1, cursor=cursor)
         page = rows[: asked.limit]
         metadata = await metadata_of(conn, page)
-    response = _json([_run_out(settings, run, metadata[run.run_id]) for run in page])
+    response = as_json([_run_out(settings, run, metadata[run.run_id]) for run in page])
     if len(rows) > asked.limit:
         link_next(request, response, cursor=Cursor(page[-1].created_at, page[-1].id).encode())
     return response
-
-
-# Every page that shows runs begins with it.
-router.routes.append(
-    DirectRoute(
-        f"{router.prefix}/runs",
-        runs,
-        methods=["GET"],
-        tags=router.tags,
-        summary="List runs, newest first",
-        dependencies=[Depends(_asked_for)],
-        response_model=list[RunOut],
-        responses=described(400, 401, 403, 429),
-    )
-)
 
 
 @router.get(
@@ -193,7 +188,7 @@ async def run(db: Db, settings: CurrentSettings, caller: Reader, run_id: RunId) 
     async with singly(db).connect() as conn:
         row = found(await find_run(conn, run_id, caller.sight))
         metadata = await metadata_of(conn, [row])
-    return _json(_run_out(settings, row, metadata[run_id]))
+    return as_json(_run_out(settings, row, metadata[run_id]))
 
 
 @router.get(
