@@ -201,7 +201,7 @@ async def test_who_has_seen_more_is_not_sent_it_again():
     reading = waits(follower)
     await asyncio.sleep(0)
     everybody.show([frame(9), frame(10)])  # it is for the reader to see which of them is new
-    assert [each.event.id for each in await reading or ()] == [9, 10]
+    assert [each.event.id for each in await asyncio.wait_for(reading, 20) or ()] == [9, 10]
     assert sink.sent == [frame(8).sse]
 
 
