@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # Half as many again as there are processors: a good part of a test is waiting.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 3 / 2)
 
-.PHONY: setup demo test check bench format lock clean
+.PHONY: setup demo test faults check bench format lock clean
 
 setup: $(READY)
 
@@ -23,10 +23,16 @@ demo: setup ## Start everything, watch one call; ONCE=1 leaves when it has compl
 	$(BIN)/switchboard demo $(if $(ONCE),--once) $(if $(APPROVAL),--approval)
 
 # Which lines run is looked at where changes are judged: it takes a good part of the time.
-COVER := $(if $(COVERAGE),--cov --cov-report=term,-p no:cov)
+COVER := $(if $(COVERAGE),-p pytest_cov.plugin --cov --cov-report=term)
+
+# Even where it is not wanted elsewhere: otherwise each worker, and each process that a test starts, compiles all of it.
+test: export PYTHONDONTWRITEBYTECODE :=
 
 test: setup ## Every test, in parallel, against real PostgreSQL and Valkey; COVERAGE=1 wants 95 % of the branches, LARGE=1 millions of rows
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(COVER) $(if $(LARGE),-m "large or not large") $(ARGS)
+
+faults: setup ## Break everything at random and see that nothing is lost: MINUTES=20, SEED="1 2" or SEEDS=5, VARIANT= breaks it on purpose
+	$(BIN)/python -m tests.faults $(if $(MINUTES),--minutes $(MINUTES)) $(SEED:%=--seed %) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(VARIANT),--variant "$(VARIANT)")
 
 check: setup ## Lint, format, types, import rules
 	$(BIN)/ruff check .

@@ -73,8 +73,6 @@ class Receiver:
     answer: Answer = ok
     requests: list[Request] = field(default_factory=list)
     """What has come in full, in this order."""
-    seen: bytes = b""
-    """All that has come, whatever it is."""
     connections: int = 0
     """Those that were made."""
     open: int = 0
@@ -83,8 +81,14 @@ class Receiver:
     """The most that were there at once."""
     url: str = ""
     port: int = 0
+    _seen: bytearray = field(default_factory=bytearray)
     _came: asyncio.Condition = field(default_factory=asyncio.Condition)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def seen(self) -> bytes:
+        """All that has come, whatever it is."""
+        return bytes(self._seen)
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._tasks.add(asyncio.create_task(self._serve(reader, writer)))
@@ -120,7 +124,7 @@ class Receiver:
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             came = await reader.readline()
-            self.seen += came
+            self._seen += came
             if not came:
                 return None
             head += came
@@ -128,7 +132,7 @@ class Receiver:
         headers = dict(each.split(": ", 1) for each in rest)
         assert len(headers) == len(rest), "a header came twice"
         body = await reader.readexactly(int(headers["Content-Length"]))
-        self.seen += body
+        self._seen += body
         return Request(time.time(), line, headers, body)
 
     async def took(self, number: int, *, within: float = 60) -> list[Request]:

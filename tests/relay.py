@@ -1,4 +1,4 @@
-"""A wire between a service and one of its servers, which can go dead."""
+"""A wire between a service and one of its servers, which can go dead, and heal."""
 
 import asyncio
 import contextlib
@@ -14,22 +14,39 @@ class Relay:
     url: str = ""
     """That of the server, by way of this."""
     dead: bool = False
+    mute: bool = False
+    _connections: int = 0
+    _forgotten: int = 0
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def cut(self) -> None:
         """From now on nothing comes through, and nobody is told."""
         self.dead = True
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def silence(self) -> None:
+        """From now on the server hears everything, and its answers are swallowed."""
+        self.mute = True
+
+    def forget(self) -> None:
+        """What is connected now is dead for ever, and nobody is told; what connects from now on is not."""
+        self._forgotten = self._connections
+
+    def heal(self) -> None:
+        """From now on everything comes through that is sent from now on; what was swallowed is lost."""
+        self.dead = self.mute = False
+
+    async def _pass_on(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int, *, answers: bool
+    ) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(65_536):
-                if not self.dead:
+                if not (self.dead or (answers and self.mute) or number <= self._forgotten):
                     writer.write(data)
                     await writer.drain()
         writer.close()
 
-    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(self._pass_on(reader, writer))
+    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool) -> None:
+        task = asyncio.create_task(self._pass_on(reader, writer, self._connections, answers=answers))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -49,8 +66,9 @@ async def relayed(url: str) -> AsyncIterator[Relay]:
             there = await asyncio.open_unix_connection(socket)
         else:
             there = await asyncio.open_connection(parts.hostname, parts.port)
-        relay._begin(reader, there[1])
-        relay._begin(there[0], writer)
+        relay._connections += 1
+        relay._begin(reader, there[1], answers=False)
+        relay._begin(there[0], writer, answers=True)
 
     async with await asyncio.start_server(connected, "127.0.0.1", 0) as server:
         here = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"

@@ -239,7 +239,7 @@ async def test_nobody_there_is_told_from_somebody_who_does_not_answer():
     with pytest.raises(httpx.ConnectError):
         await ask(f"http://localhost:{port}/")
     with pytest.raises(httpx.ConnectError):
-        await ask(f"http://no-such-host.invalid:{port}/")
+        await ask(f"http://no-such-host.invalid:{port}/", patience=60)
 
 
 async def test_before_there_is_a_connection_nothing_is_sent():

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.types import Message
 
 from switchboard import events
-from switchboard.events import Event, NewEvent, Scope
+from switchboard.events import Event, NewEvent, Page, Scope
 from switchboard.leaving import Leaving
 from switchboard.live import followers as following
 from switchboard.live import hub as hubs
@@ -300,11 +300,11 @@ async def test_what_comes_while_postgresql_is_read_is_not_told_twice(
 ):
     genuine = events.read_events
 
-    async def meanwhile(*arguments: Any, **named: Any) -> Sequence[Event]:
-        events = await genuine(*arguments, **named)
-        hub.take([Frame.of(events[0])])
-        hub.take([Frame.of(events[2])])  # before the second
-        return events
+    async def meanwhile(*arguments: Any, **named: Any) -> Page:
+        page = await genuine(*arguments, **named)
+        hub.take([Frame.of(page.events[0])])
+        hub.take([Frame.of(page.events[2])])  # before the second
+        return page
 
     monkeypatch.setattr(hubs, "read_events", meanwhile)
     async with hub.following(Scope(EVERYTHING, run_id=run_id)) as reader:

@@ -235,7 +235,7 @@ def called_back(*run_ids: str, event_type: str = "log", copies: int = 1, known: 
 def replayed(after: int, *, sight: Sight = EVERYTHING, **scope: str) -> Any:
     async def read(service: Service) -> None:
         async with service.state["db"].connect() as conn:
-            assert await read_events(conn, Scope(sight, **scope), after=after, limit=501)
+            assert (await read_events(conn, Scope(sight, **scope), after=after, limit=500)).events
 
     return read
 

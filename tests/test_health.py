@@ -5,15 +5,21 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
+import respx
 
 from switchboard import health
+from switchboard.happyrobot.client import HappyRobotError, Hook
 from switchboard.migrate import migrate
-from tests.conftest import Servers, Service, new_database, run_sql, running_service, settings_for
+from tests.conftest import Servers, Service, new_database, run_sql, running_service, settings_for, until
+from tests.relay import relayed
 
 NO_POSTGRES = "postgresql://somebody:secret@127.0.0.1:1/switchboard"
 NO_REDIS = "redis://somebody:secret@127.0.0.1:1/0"
-READY = {"status": "ready", "checks": {"postgresql": "ok", "migrations": "ok", "redis": "ok"}}
+OK = {"postgresql": "ok", "migrations": "ok", "redis": "ok", "happyrobot": "unknown"}
+READY = {"status": "ready", "checks": OK}
+HOOK = Hook("http://127.0.0.1:1/hooks/x")
 
 
 async def asked(service: Service) -> tuple[int, Any]:
@@ -62,28 +68,68 @@ async def test_a_service_whose_connections_are_all_in_use_is_busy_and_ready(data
 
 async def test_without_postgresql_it_is_not_ready_and_alive(servers: Servers):
     async with running_service(settings_for(NO_POSTGRES, servers.redis_url, None)) as service:
-        checks = {"postgresql": "away", "migrations": "unknown", "redis": "ok"}
+        checks = OK | {"postgresql": "away", "migrations": "unknown"}
         assert await asked(service) == (503, {"status": "not ready", "checks": checks})
         assert (await service.http.head("/readyz")).status_code == 503
         assert (await service.http.get("/healthz")).json() == {"status": "ok"}
 
 
 async def test_without_redis_it_goes_on_and_says_so(database_url: str):
-    assert await told(database_url, NO_REDIS) == (
-        200,
-        {"status": "degraded", "checks": {"postgresql": "ok", "migrations": "ok", "redis": "away"}},
-    )
+    assert await told(database_url, NO_REDIS) == (200, {"status": "degraded", "checks": OK | {"redis": "away"}})
+
+
+async def test_without_happyrobot_it_goes_on_and_says_so(database_url: str, servers: Servers):
+    router = respx.MockRouter()
+    route = router.post(HOOK.url)
+    settings = settings_for(database_url, servers.redis_url, None, happyrobot_trigger_timeout=0.1)
+    async with running_service(settings, httpx.MockTransport(router.async_handler)) as service:
+        for answer, seen, status in (
+            (httpx.Response(500), "away", "degraded"),
+            (httpx.Response(200, json={"run_id": "r"}), "ok", "ready"),
+        ):
+            route.mock(return_value=answer)
+            with contextlib.suppress(HappyRobotError):
+                await service.state["happyrobot"].trigger(HOOK, {})
+            # It is asked nothing for this.
+            for _ in range(2):
+                assert await asked(service) == (200, {"status": status, "checks": OK | {"happyrobot": seen}})
+        assert route.call_count == 2
 
 
 async def test_servers_that_say_nothing_are_not_waited_for_for_long(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(health, "_PATIENCE", 0.2)
-    checks = {"postgresql": "away", "migrations": "unknown", "redis": "away"}
+    checks = OK | {"postgresql": "away", "migrations": "unknown", "redis": "away"}
     async with silent() as address:
         settings = settings_for(f"postgresql://somebody@{address}/x", f"redis://{address}", None)
         async with running_service(settings) as service:
             # Sooner than the five seconds after which a connection to PostgreSQL is given up.
             async with asyncio.timeout(4):
                 assert await asked(service) == (503, {"status": "not ready", "checks": checks})
+
+
+async def test_on_a_wire_that_went_dead_it_answers_in_time_and_is_ready_when_it_is_back(
+    own_database: str, servers: Servers, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(health, "_PATIENCE", 0.2)
+    async with (
+        relayed(own_database) as postgresql,
+        relayed(servers.redis_url) as redis,
+        running_service(settings_for(postgresql.url, redis.url, None)) as service,
+    ):
+        assert await asked(service) == (200, READY)
+        postgresql.cut()
+        redis.cut()
+        for _ in range(2):
+            async with asyncio.timeout(4):
+                status, said = await asked(service)
+            assert (status, said["checks"]["postgresql"], said["checks"]["redis"]) == (503, "away", "away")
+        postgresql.heal()
+        redis.heal()
+        await until(lambda: is_ready(service))
+
+
+async def is_ready(service: Service) -> bool:
+    return await asked(service) == (200, READY)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +142,7 @@ async def test_servers_that_say_nothing_are_not_waited_for_for_long(monkeypatch:
 )
 async def test_on_an_older_schema_it_is_not_ready(own_database: str, servers: Servers, change: str):
     await run_sql(own_database, change)
-    checks = {"postgresql": "ok", "migrations": "behind", "redis": "ok"}
+    checks = OK | {"migrations": "behind"}
     assert await told(own_database, servers.redis_url) == (503, {"status": "not ready", "checks": checks})
 
 

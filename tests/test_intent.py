@@ -578,12 +578,12 @@ async def test_a_service_that_stops_while_it_writes_down_what_was_started_says_s
     database_url: str, servers: Servers, context_id: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Never a word to try again: the call is placed."""
-    writing = asyncio.Event()
+    writing, may_end = asyncio.Event(), asyncio.Event()
 
     async def never(_: Intake, news: object) -> None:
         assert isinstance(news, NewRuns)
         writing.set()
-        await asyncio.Event().wait()
+        await may_end.wait()
 
     router = respx.MockRouter()
     router.post("/hooks/test").respond(json={"queued_run_ids": [context_id]})
@@ -593,12 +593,13 @@ async def test_a_service_that_stops_while_it_writes_down_what_was_started_says_s
         runs = NewRuns(uuid4(), "default", context_id, "A call", None, ())
         workflow = Workflow("default", Hook("http://127.0.0.1:1/hooks/test"))
         placing = asyncio.create_task(
-            place(state["happyrobot"], state["intake"], state["settings"], workflow, runs, {})
+            place(state["happyrobot"], state["intake"], state["settings"], workflow, runs, {}, patience=60)
         )
         await writing.wait()
         placing.cancel()
         with pytest.raises(TriggerFailed) as told:
             await placing
+        may_end.set()
     assert told.value.fields["status"] == "submission_unknown"
     assert told.value.fields["run_ids"] == [context_id]
 

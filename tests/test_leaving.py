@@ -48,7 +48,7 @@ class Process:
 
 @contextlib.asynccontextmanager
 async def served(database_url: str, redis_url: str, *arguments: str, **variables: str) -> AsyncIterator[Process]:
-    """`switchboard serve` at a free port."""
+    """`switchboard serve` at a free port, on a database at the newest schema."""
     environment = {
         "DATABASE_URL": database_url,
         "REDIS_URL": redis_url,
@@ -60,7 +60,7 @@ async def served(database_url: str, redis_url: str, *arguments: str, **variables
         "PATH": "",
     }
     running = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "switchboard", "serve", "--port", "0", *arguments),
+        *(sys.executable, "-m", "switchboard", "serve", "--port", "0", "--no-migrate", *arguments),
         env=environment | variables,
         stdout=asyncio.subprocess.PIPE,
         start_new_session=True,
@@ -121,7 +121,7 @@ async def test_under_load_nothing_confirmed_is_lost_and_every_stream_goes_on_els
     limits = httpx.Limits(max_connections=100)
     async with (
         served(database_url, servers.redis_url, "--workers", str(workers)) as one,
-        served(database_url, servers.redis_url, "--no-migrate") as other,
+        served(database_url, servers.redis_url) as other,
         httpx.AsyncClient(base_url=one.address, timeout=30, limits=limits) as here,
         httpx.AsyncClient(base_url=other.address, timeout=30, limits=limits) as there,
     ):

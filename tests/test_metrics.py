@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,8 +27,10 @@ from redis.asyncio import Redis
 from sqlalchemy import Row, insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from switchboard import jobs, local, metrics
-from switchboard.access import keys
+from switchboard import jobs, local, metrics, watch
+from switchboard.access import keys, operators
+from switchboard.access.callers import ANYBODY
+from switchboard.access.operators import Operators
 from switchboard.access.webhooks import point
 from switchboard.deliveries import delivering
 from switchboard.deliveries.delivering import Deliverer
@@ -53,6 +55,7 @@ from tests.conftest import (
     Servers,
     Service,
     Upstream,
+    bearer,
     insert_run,
     new_key,
     run_sql,
@@ -61,6 +64,7 @@ from tests.conftest import (
     until,
 )
 from tests.receiver import Receiver, receiving, statuses
+from tests.relay import Relay, relayed
 
 NOBODY = "127.0.0.1:1"
 Numbers = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -304,6 +308,106 @@ async def test_whether_redis_is_away_is_found_out_when_somebody_asks(database_ur
         assert total(await scraped(service.http), "switchboard_redis_away") == away
 
 
+# PostgreSQL
+
+
+async def test_whether_postgresql_is_away_is_known_all_the_time(own_database: str, servers: Servers):
+    async with (
+        relayed(own_database) as wire,
+        running_service(settings_for(wire.url, servers.redis_url, None)) as service,
+    ):
+        for away in (False, True, False):
+            (wire.cut if away else wire.heal)()
+            await until(lambda away=away: says(service.http, "switchboard_postgresql_away", away))  # type: ignore[misc]
+
+
+@pytest.fixture
+async def scraping(
+    own_database: str, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[Service, Relay]]:
+    """A service that wants credentials, and the wire to its PostgreSQL."""
+    monkeypatch.setattr(watch, "PATIENCE", 0.3)
+    async with relayed(own_database) as wire:
+        settings = settings_for(wire.url, servers.redis_url, None, allow_anonymous=False)
+        async with running_service(settings) as service:
+            yield service, wire
+
+
+async def statuses_of(service: Service, *credentials: dict[str, str]) -> list[int]:
+    return [(await service.http.get("/metrics", headers=each)).status_code for each in credentials]
+
+
+async def lost(service: Service, wire: Relay) -> None:
+    wire.cut()
+    await until(lambda: service.state["watch"].away)
+
+
+async def test_an_operator_who_was_let_in_is_let_in_while_postgresql_is_away(scraping: tuple[Service, Relay]):
+    service, wire = scraping
+    db = service.state["db"]
+    (_, seen), (_, unseen), (_, app) = [
+        await new_key(db, scope) for scope in (KeyScope.ADMIN, KeyScope.ADMIN, KeyScope.APP)
+    ]
+    wrong = bearer("0" * 64)
+    assert await statuses_of(service, seen, app, wrong) == [200, 403, 401]
+    await lost(service, wire)
+    assert await statuses_of(service, seen, unseen, app, wrong, {}) == [200, 503, 503, 503, 401]
+    page = (await service.http.get("/metrics", headers=seen)).text
+    assert total(read(page), "switchboard_postgresql_away") == 1
+    # And nowhere else.
+    for path in ("/api/happyrobot/runs", "/api/happyrobot/deliveries"):
+        assert (await service.http.get(path, headers=seen)).status_code == 503
+    wire.heal()
+    await until(lambda: recognised(service, unseen))
+
+
+async def recognised(service: Service, credential: dict[str, str]) -> bool:
+    return await statuses_of(service, credential) == [200]
+
+
+async def test_not_for_longer_than_ten_minutes_and_not_beyond_the_end_of_its_key(
+    scraping: tuple[Service, Relay], monkeypatch: pytest.MonkeyPatch
+):
+    service, wire = scraping
+    _, lasting = await new_key(service.state["db"], KeyScope.ADMIN)
+    _, ending = await new_key(service.state["db"], KeyScope.ADMIN, lifetime=timedelta(hours=1))
+    assert await statuses_of(service, lasting, ending) == [200, 200]
+    await lost(service, wire)
+    assert await statuses_of(service, lasting, ending) == [200, 200]
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) + timedelta(hours=2)
+
+    monkeypatch.setattr(operators, "datetime", Later)
+    assert await statuses_of(service, lasting, ending) == [200, 503]
+    assert operators._REMEMBERED == 600
+    monkeypatch.setattr(operators, "_REMEMBERED", -1)
+    assert await statuses_of(service, lasting) == [503]
+
+
+async def test_a_key_that_was_revoked_is_forgotten_when_it_comes_again(scraping: tuple[Service, Relay]):
+    service, wire = scraping
+    key_id, credential = await new_key(service.state["db"], KeyScope.ADMIN)
+    assert await statuses_of(service, credential) == [200]
+    async with service.state["db"].begin() as conn:
+        await keys.revoke(conn, key_id)
+    assert await statuses_of(service, credential) == [403]
+    await lost(service, wire)
+    assert await statuses_of(service, credential) == [503]
+
+
+def test_of_an_operator_no_more_is_kept_than_a_digest_and_of_very_many_only_the_last():
+    known = Operators()
+    for number in range(operators._MOST + 1):
+        known.remember(f"{number:064x}", ANYBODY)
+    assert len(known._known) == operators._MOST
+    assert known.recall(f"{0:064x}") is None
+    assert known.recall(f"{1:064x}") == known.recall(f"{operators._MOST:064x}") == ANYBODY
+    assert not any(b"0" * 60 in digest or len(digest) != 32 for digest in known._known)
+
+
 # HappyRobot
 
 
@@ -314,9 +418,11 @@ async def asking(servers: Servers, **more: Any) -> AsyncIterator[tuple[HappyRobo
     client = HappyRobot(
         settings_for("postgresql://x", "redis://x", None, **more), redis, httpx.MockTransport(router.async_handler)
     )
-    yield client, router
-    await client.aclose()
-    await redis.aclose()
+    try:
+        yield client, router
+    finally:
+        await client.aclose()
+        await redis.aclose()
 
 
 @pytest.fixture
@@ -353,6 +459,49 @@ async def test_each_request_of_a_trigger_counts(happyrobot: tuple[HappyRobot, re
     await attempted(client.trigger(HOOK, {}))
     assert change("upstream_requests_total", call="trigger", outcome="not_sent") == 1
     assert change("upstream_requests_total", call="trigger", outcome="answered") == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "away"),
+    [
+        (httpx.Response(200, json={"run_id": "r"}), False),
+        (httpx.Response(200, text="unreadable"), False),
+        (httpx.Response(400), False),
+        (httpx.Response(503), True),
+        (httpx.ConnectError("no"), True),
+        (httpx.ReadTimeout("late"), True),
+        (httpx.RemoteProtocolError("hung up"), True),
+        # These say nothing about it.
+        (httpx.PoolTimeout("all in use"), None),
+        (httpx.LocalProtocolError("cannot be sent"), None),
+    ],
+)
+async def test_whether_happyrobot_is_away_is_as_the_last_request_went(servers: Servers, answer: Any, away: bool | None):
+    async with asking(servers, happyrobot_trigger_timeout=0.05) as (client, router):
+        assert client.away is None
+        hook, run = router.post(HOOK.url), router.get(path__regex="/runs/")
+        for before in (True, False):
+            for call in (client.trigger(HOOK, {}), client.decide(HOOK, {"approval_id": "a"}), client.run("r", READ)):
+                client._note(away=before)
+                for route in (hook, run):
+                    route.mock(side_effect=lambda _: raised(answer))
+                await attempted(call)
+                assert client.away == (before if away is None else away)
+                assert total(here(), "switchboard_happyrobot_away") == client.away
+
+
+async def test_a_happyrobot_that_takes_too_long_is_away(servers: Servers):
+    async def never(_: httpx.Request) -> httpx.Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with asking(servers, happyrobot_trigger_timeout=0.05) as (client, router):
+        for route in (router.post(HOOK.url), router.get(path__regex="/runs/")):
+            route.mock(side_effect=never)
+        for call in (client.trigger(HOOK, {}), client.run("r", Effort(patience=0.05, timeout=0.05))):
+            client._note(away=False)
+            await attempted(call)
+            assert client.away
 
 
 @pytest.mark.parametrize(

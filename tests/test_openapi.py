@@ -80,7 +80,7 @@ def subject(servers: Servers, template: str) -> Iterator[Subject]:
         ),
         local.child("simulate", "--port", "0", "--pace", "3600") as upstream,
         local.environment(HAPPYROBOT_WEBHOOK_URL=f"{upstream}/hooks/x", HAPPYROBOT_API_URL=f"{upstream}/api/v1"),
-        local.child("serve", "--port", "0") as url,
+        local.child("serve", "--port", "0", "--no-migrate") as url,
     ):
         yield Subject(url)
     asyncio.run(run_sql(servers.database_url, f"DROP DATABASE {name} WITH (FORCE)"))

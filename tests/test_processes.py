@@ -128,7 +128,7 @@ async def test_the_same_500_callbacks_twice_to_two_processes_are_500_events(
 
 
 async def test_several_workers_share_a_port(environment: None, db: AsyncEngine, context_id: str, run_id: str):
-    with local.child("serve", "--port", "0", "--workers", "2") as address:
+    with local.child("serve", "--port", "0", "--no-migrate", "--workers", "2") as address:
         async with client(address) as http:
             streams = [
                 await stack_stream(address, context_id)
@@ -156,7 +156,7 @@ async def test_a_worker_of_its_own_does_what_a_service_without_one_leaves(
                 HAPPYROBOT_API_KEY="any",
                 RECONCILE_AFTER="0.5",
             )
-            with elsewhere, local.child("serve", "--port", "0", "--no-worker") as address:
+            with elsewhere, local.child("serve", "--port", "0", "--no-migrate", "--no-worker") as address:
                 async with client(address) as http:
                     body = {"context_id": context_id, "simulate": {"faults": "drop_final"}}
                     answer = await http.post("/api/happyrobot/trigger", json=body)
@@ -230,7 +230,7 @@ async def test_the_service_goes_when_the_one_who_started_it_is_killed(environmen
 STARTER = """
 import time
 from switchboard import local
-with local.child("serve", "--port", "0") as address:
+with local.child("serve", "--port", "0", "--no-migrate") as address:
     print(address, flush=True)
     time.sleep(60)
 """

@@ -28,7 +28,7 @@ from switchboard.executions import RunEnd, error, output, word
 from switchboard.happyrobot.client import Hook
 from switchboard.happyrobot.simulator import Call, Simulator
 from switchboard.public import executions as public_executions
-from switchboard.runs import trigger
+from switchboard.runs import intake as intakes
 from switchboard.runs.queued import Launcher
 from switchboard.runs.sorting import NewRuns, News, Outcome
 from switchboard.runs.sweep import sweep
@@ -605,7 +605,7 @@ async def test_runs_are_recorded_however_long_postgresql_is_away(
     own_database: str, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ):
     simulator = Simulator(hook_key=HOOK_KEY, api_key=API_KEY, pace=0.002)
-    monkeypatch.setattr(trigger, "_PAUSES", (0.01,))
+    monkeypatch.setattr(intakes, "_PAUSES", (0.01,))
     async with serving(lambda _: simulator.app) as (upstream, _):
         settings = settings_for(own_database, servers.redis_url, upstream)
         async with running_service(settings, worker=True) as service:

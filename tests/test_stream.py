@@ -599,7 +599,7 @@ async def test_writers_take_turns_so_that_ids_become_visible_in_order(db: AsyncE
 
     async def visible() -> list[Event]:
         async with db.connect() as conn:
-            return list(await read_events(conn, scope, after=0, limit=10))
+            return list((await read_events(conn, scope, after=0, limit=10)).events)
 
     async def write_one(run_id: str) -> None:
         async with db.begin() as conn:

@@ -450,7 +450,10 @@ async def test_no_process_waits_long_for_a_collector_that_does_not_answer(
 async def test_a_service_of_several_processes_sends_what_is_left_when_it_is_told_to_leave(
     collector: Collector, own_database: str, servers: Servers, upstream: Upstream
 ):
-    with deployed(own_database, servers, upstream), local.child("serve", "--port", "0", "--workers", "2") as address:
+    with (
+        deployed(own_database, servers, upstream),
+        local.child("serve", "--port", "0", "--no-migrate", "--workers", "2") as address,
+    ):
         async with httpx.AsyncClient(base_url=address, timeout=20) as http:
             for number in range(3):
                 answer = await http.post(TRIGGER, json={"context_id": f"order_{number}"})

@@ -12,11 +12,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard.errors import PostgresAway
 from switchboard.happyrobot import client
+from switchboard.runs import intake as intakes
 from switchboard.runs import trigger as triggers
 from switchboard.runs.intake import Intake
 from switchboard.runs.sorting import NewRuns
 from switchboard.tables import agent_runs, executions, run_events
-from tests.conftest import HOOK_KEY, Servers, Service, Upstream, running_service, settings_for
+from tests.conftest import HOOK_KEY, Servers, Service, Upstream, running_service, settings_for, until
 
 URL = "/api/happyrobot/trigger"
 
@@ -282,8 +283,9 @@ async def test_an_endless_answer_is_not_read_to_its_end(database_url: str, serve
 async def test_a_call_that_was_placed_is_never_answered_try_again(
     database_url: str, servers: Servers, db: AsyncEngine, context_id: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """PostgreSQL goes away between HappyRobot's answer and our writing it down."""
-    monkeypatch.setattr(triggers, "_PAUSES", (0.0, 60.0))
+    """PostgreSQL goes away between HappyRobot's answer and our writing it down, which is made up for."""
+    monkeypatch.setattr(triggers, "_PATIENCE", 0.05)
+    monkeypatch.setattr(intakes, "_PAUSES", (0.0, 0.3))
     genuine = Intake.take
     failures = 2
 
@@ -307,6 +309,15 @@ async def test_a_call_that_was_placed_is_never_answered_try_again(
             "detail": "HappyRobot started it, but its runs could not be recorded",
             "run_ids": [f"run_{context_id}"],
         }
+        known = f"/api/happyrobot/runs?context_id={context_id}"
+
+        async def is_known() -> bool:
+            return [run["executionId"] for run in (await service.http.get(known)).json()] == [
+                lost.json()["execution_id"]
+            ]
+
+        await until(is_known)
+        monkeypatch.setattr(triggers, "_PATIENCE", 60)
         failures = 1
         saved = await service.http.post(URL, json={"context_id": context_id})
         assert saved.status_code == 200

@@ -5,8 +5,6 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import structlog
-from redis.exceptions import RedisError
-from throttled.exceptions import StoreUnavailableError
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -31,7 +29,7 @@ class Breaker:
             self._closed_again_at = time.monotonic() + _REST
         try:
             result = await shared()
-        except (RedisError, StoreUnavailableError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  # a connection that is cut fails in many ways, also in those of uvloop
             self._closed_again_at = time.monotonic() + _REST
             log.warning("Redis is away; this process goes by itself", error=error)
             return await alone()

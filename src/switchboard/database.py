@@ -4,7 +4,7 @@ import select
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Any, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -18,7 +18,8 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.requests import HTTPConnection
 
 from switchboard import metrics
-from switchboard.errors import PASSING, PostgresAway, StatementFailed
+from switchboard.errors import PostgresAway, StatementFailed, passes
+from switchboard.watch import Watch
 
 # Parameters that libpq or Prisma know but asyncpg would send to the server as settings, which it refuses.
 _FOREIGN_PARAMETERS = frozenset(
@@ -59,26 +60,35 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # it has no types
         await super().close(timeout=min(timeout or _GOODBYE, _GOODBYE))
 
 
-def connect(url: str, *, pool_size: int = 10, statement_timeout: float | None = 10) -> AsyncEngine:
+async def open_connection(url: str, *, statement_timeout: float | None = 10, watch: Watch | None = None) -> Any:
+    """A connection of asyncpg's, which ends when the watch finds nobody at its other end. Raises PostgresAway."""
+    dial = partial(
+        asyncpg.connect, dsn(url), timeout=5, command_timeout=statement_timeout, connection_class=_Connection
+    )
+    try:
+        return await (dial() if watch is None else watch.open(dial))
+    except PostgresAway:
+        raise
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        # Not there, starting up, too many connections, a wrong password: to those who ask it is all the same.
+        raise PostgresAway(f"PostgreSQL takes no connection ({type(error).__name__})") from error
+
+
+def connect(
+    url: str, *, pool_size: int = 10, statement_timeout: float | None = 10, watch: Watch | None = None
+) -> AsyncEngine:
     """An engine; nothing is connected until it is used.
 
     A statement that PostgreSQL does not answer within `statement_timeout` seconds raises TimeoutError, also when the
-    network has swallowed it.
+    network has swallowed it; with a watch, that is noticed sooner.
     """
-    address = dsn(url)
 
-    async def open_connection(**_: Any) -> Any:
-        try:
-            return await asyncpg.connect(
-                address, timeout=5, command_timeout=statement_timeout, connection_class=_Connection
-            )
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            # Not there, starting up, too many connections, a wrong password: to those who ask it is all the same.
-            raise PostgresAway(f"PostgreSQL takes no connection ({type(error).__name__})") from error
+    async def creator(**_: Any) -> Any:
+        return await open_connection(url, statement_timeout=statement_timeout, watch=watch)
 
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=open_connection,
+        async_creator=creator,
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_timeout=5,
@@ -164,10 +174,14 @@ def _is_doubtful(connection: Any, used_at: float | None) -> bool:
 _DRIVERS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
 """What asyncpg raises, and the network."""
 
+AWAY = (*_DRIVERS, asyncpg.InternalClientError)
+"""The same, and what asyncpg raises where a connection ends in the middle of something."""
 
-def _blames_the_statement(error: BaseException) -> bool:
+
+def blames_the_statement(error: BaseException) -> bool:
+    """Whether an error of asyncpg's is the statement's own fault, and would be the same another time."""
     if isinstance(error, asyncpg.PostgresError):
-        return error.sqlstate not in PASSING and not isinstance(error, asyncpg.PostgresConnectionError)
+        return not passes(error.sqlstate) and not isinstance(error, asyncpg.PostgresConnectionError)
     # An argument that asyncpg cannot send.
     return isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError)
 
@@ -199,8 +213,8 @@ class Line:
             # Nothing has left: PostgreSQL had said goodbye, and had not gone yet.
             return await self.fetch(query, *arguments)
         except BaseException as error:
-            await self.hang_up(broken=not _blames_the_statement(error))
-            if _blames_the_statement(error):
+            await self.hang_up(broken=not blames_the_statement(error))
+            if blames_the_statement(error):
                 raise StatementFailed(type(error).__name__) from error
             if isinstance(error, _DRIVERS):
                 raise PostgresAway(f"PostgreSQL does not do it now ({type(error).__name__})") from error
@@ -243,7 +257,7 @@ class Line:
         if _is_doubtful(self._driver, self._used_at):
             try:
                 await self._driver.fetchrow(";")
-            except (*_DRIVERS, asyncpg.InternalClientError):
+            except AWAY:
                 return False
         return True
 

@@ -144,7 +144,10 @@ def ip(host: str) -> IPv4Address | IPv6Address | None:
         address = ip_address(host)
     except ValueError:
         return None
-    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
+    if not isinstance(address, IPv6Address):
+        return address
+    # Without the zone behind it, which may be any text where somebody else has written it: each would be an address.
+    return address.ipv4_mapped or IPv6Address(int(address))
 
 
 @lru_cache(1000)

@@ -188,9 +188,18 @@ class StatementFailed(Exception):
     """PostgreSQL is there, and cannot do this."""
 
 
-# What PostgreSQL says when it is not the statement's fault: shutting down or crashed, starting up, too many
-# connections, a deadlock, a lock or a statement that took too long, a session that was ended.
-PASSING = frozenset({"40P01", "57P01", "57P02", "57P03", "53300", "55P03", "57014", "25P03", "25P04"})
+_PASSING_CLASSES = frozenset({"08", "53", "57", "58"})
+"""No connection; too little of something, such as room on its disk; somebody stops it, or it is not there yet; what it
+stands on fails."""
+
+_PASSING = frozenset({"25006", "25P03", "25P04", "40001", "40P01", "55P03"})
+"""It may only be read, as while another takes its place; a transaction that was ended; copies that came together; a
+deadlock, and a lock that took too long."""
+
+
+def passes(sqlstate: str | None) -> bool:
+    """Whether what PostgreSQL says is not the statement's fault, and may be over a moment later."""
+    return sqlstate is not None and (sqlstate in _PASSING or sqlstate[:2] in _PASSING_CLASSES)
 
 
 def postgres_is_away(error: Exception) -> bool:
@@ -202,7 +211,7 @@ def postgres_is_away(error: Exception) -> bool:
 
 def will_pass(error: Exception) -> bool:
     """Whether the same request may well succeed a moment later."""
-    return postgres_is_away(error) or getattr(getattr(error, "orig", None), "sqlstate", None) in PASSING
+    return postgres_is_away(error) or passes(getattr(getattr(error, "orig", None), "sqlstate", None))
 
 
 def install(app: FastAPI) -> None:

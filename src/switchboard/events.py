@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
 from pydantic_core import from_json, to_json
-from sqlalchemy import Row, select
+from sqlalchemy import Row, Select, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.jobs import Job
@@ -172,11 +172,21 @@ class Scope:
         )
 
 
-async def read_events(
-    conn: AsyncConnection, scope: Scope, *, after: int, limit: int, up_to: int | None = None
-) -> Sequence[Event]:
-    """Events with `after` < id <= `up_to`, oldest first."""
-    query = select(run_events).where(run_events.c.id > after).order_by(run_events.c.id).limit(limit)
+class Page(NamedTuple):
+    """Some events, oldest first."""
+
+    events: Sequence[Event]
+    more: bool
+    """Whether there are others behind them."""
+
+
+_HEAVY = 4_000_000
+"""Bytes of events, as they are stored, after which a page ends: one of them may weigh as much as a request."""
+
+
+async def read_events(conn: AsyncConnection, scope: Scope, *, after: int, limit: int, up_to: int | None = None) -> Page:
+    """Events with `after` < id <= `up_to`: so many at most, and fewer where they are heavy, but at least one."""
+    query = select(run_events).where(run_events.c.id > after).order_by(run_events.c.id).limit(limit + 1)
     if scope.context_id is not None:
         query = query.where(run_events.c.context_id == scope.context_id)
     if scope.run_id is not None:
@@ -184,4 +194,18 @@ async def read_events(
     query = scope.sight.narrow(query, run_events.c.context_id, run_events.c.workflow_id)
     if up_to is not None:
         query = query.where(run_events.c.id <= up_to)
-    return [Event.of(row) for row in await conn.execute(query)]
+    rows = (await conn.execute(_while_light(query))).all()
+    kept = rows[:limit]
+    return Page([Event.of(row) for row in kept], more=bool(rows) and rows[0].there > len(kept))
+
+
+def _while_light(query: Select[Any]) -> Select[Any]:
+    """The first rows of a query for events, until they are heavy, and `there`: how many it has.
+
+    What an event weighs stands beside it; nothing that is not wanted is read.
+    """
+    found = query.subquery("found")
+    size = func.coalesce(func.pg_column_size(found.c.data), 0)
+    before = (func.sum(size).over(order_by=found.c.id) - size).label("before")
+    weighed = select(found, before, func.count().over().label("there")).subquery("weighed")
+    return select(weighed).where(weighed.c.before < _HEAVY).order_by(weighed.c.id)

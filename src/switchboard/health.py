@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Response
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from sqlalchemy import column, select, table
@@ -18,8 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import HTTPConnection
 
 from switchboard import jobs, metrics
-from switchboard.access.callers import Operator
+from switchboard.access.operators import Scraper
 from switchboard.errors import Forbidden, described
+from switchboard.happyrobot.client import CurrentHappyRobot, HappyRobot
 from switchboard.migrate import earlier_revisions
 from switchboard.sight import EVERYTHING
 
@@ -27,8 +28,8 @@ log = structlog.stdlib.get_logger(__name__)
 
 router = APIRouter(tags=["operations"])
 
-_PATIENCE = 2.0
-"""Seconds after which PostgreSQL or Redis counts as away for those who ask here."""
+_PATIENCE = 1.5
+"""Seconds after which PostgreSQL or Redis counts as away for those who ask here, and have two."""
 
 
 @router.get("/healthz", summary="Is the process alive?")
@@ -44,6 +45,9 @@ class Checks(BaseModel):
     postgresql: Literal["ok", "away"]
     migrations: Literal["ok", "behind", "unknown"]
     redis: Literal["ok", "away"]
+    happyrobot: Literal["ok", "away", "unknown"] = Field(
+        description="As this process's last request to it went; `unknown` before the first."
+    )
 
 
 class Readiness(BaseModel):
@@ -74,19 +78,21 @@ Probe = Annotated[AsyncEngine, Depends(_probe)]
     responses={503: {"model": Readiness, "description": "PostgreSQL is away, or its schema is older than needed."}},
 )
 @router.head("/readyz", include_in_schema=False)
-async def readyz(probe: Probe, redis: CurrentRedis, response: Response) -> Readiness:
+async def readyz(probe: Probe, redis: CurrentRedis, happyrobot: CurrentHappyRobot, response: Response) -> Readiness:
     """503 without PostgreSQL, or on a schema that is older than this version needs; answered within two seconds.
 
-    Without Redis it is `degraded`, and 200: callbacks are taken and streams keep up from PostgreSQL, and as all
-    replicas miss the same Redis, a load balancer that believed otherwise would be left with none. A schema newer
-    than ours is `ok`: during a deployment the first of the new version brings it.
+    Without Redis or HappyRobot it is `degraded`, and 200: callbacks are taken and streams keep up from PostgreSQL, and
+    as all replicas miss the same one, a load balancer that believed otherwise would be left with none. HappyRobot is
+    asked nothing for this: what is said is how the last request went that somebody needed. A schema newer than ours is
+    `ok`: during a deployment the first of the new version brings it.
     """
     (postgresql, migrations), its_redis = await asyncio.gather(_look_at_postgresql(probe), _look_at_redis(redis))
-    checks = Checks(postgresql=postgresql, migrations=migrations, redis=its_redis)
+    checks = Checks(postgresql=postgresql, migrations=migrations, redis=its_redis, happyrobot=_seen_of(happyrobot))
     if migrations != "ok":
         response.status_code = 503
         return Readiness(status="not ready", checks=checks)
-    return Readiness(status="ready" if its_redis == "ok" else "degraded", checks=checks)
+    degraded = "away" in (checks.redis, checks.happyrobot)
+    return Readiness(status="degraded" if degraded else "ready", checks=checks)
 
 
 _alembic = table("alembic_version", column("version_num"))
@@ -118,6 +124,12 @@ async def _look_at_redis(redis: Redis) -> Literal["ok", "away"]:
     return "ok"
 
 
+def _seen_of(happyrobot: HappyRobot) -> Literal["ok", "away", "unknown"]:
+    if happyrobot.away is None:
+        return "unknown"
+    return "away" if happyrobot.away else "ok"
+
+
 @router.get(
     "/metrics",
     summary="Read metrics",
@@ -130,11 +142,12 @@ async def _look_at_redis(redis: Redis) -> Literal["ok", "away"]:
         **described(400, 401, 403, 429),
     },
 )
-async def read_metrics(probe: Probe, redis: CurrentRedis, caller: Operator) -> Response:
-    """What this process, or all of `serve --workers`, has measured; the job queue; whether Redis is away.
+async def read_metrics(probe: Probe, redis: CurrentRedis, caller: Scraper) -> Response:
+    """What this process, or all of `serve --workers`, has measured; the job queue; who is away.
 
     For API keys of an operator, and for tokens with the right `operate`, that are not limited to some contexts or
-    workflows. While PostgreSQL is away nobody can tell whose a key is, and the answer is 503.
+    workflows. While PostgreSQL is away nobody can tell whose a key is, and the answer is 503, but for keys that the
+    process has let in here within the last ten minutes.
     """
     if caller.sight != EVERYTHING:
         raise Forbidden("Metrics are of the whole installation")

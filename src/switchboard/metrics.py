@@ -118,6 +118,20 @@ _pool_size = Gauge(
     multiprocess_mode="livesum",
 )
 
+POSTGRESQL_AWAY = Gauge(
+    "switchboard_postgresql_away",
+    "Whether PostgreSQL does not answer, or takes no connection.",
+    registry=REGISTRY,
+    multiprocess_mode="livemax",
+)
+
+HAPPYROBOT_AWAY = Gauge(
+    "switchboard_happyrobot_away",
+    "Whether HappyRobot did not answer the last request to it, or with a 5xx.",
+    registry=REGISTRY,
+    multiprocess_mode="livemostrecent",
+)
+
 # What may happen is there from the start: what nobody has counted yet has no rate.
 for _counted, _outcomes in (
     (ANNOUNCEMENTS, ("published", "failed")),

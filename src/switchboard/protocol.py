@@ -17,10 +17,9 @@ from uuid import uuid4
 
 import httptools
 import structlog
-from starlette.responses import JSONResponse
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from switchboard import edge
+from switchboard import edge, errors
 from switchboard.leaving import GOODBYE, Leaving
 from switchboard.settings import Settings
 
@@ -350,10 +349,12 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         request_id = uuid4().hex
         headers = {edge.REQUEST_ID: request_id, "Cache-Control": "no-store", "Connection": "close"}
-        answer = JSONResponse({"error": _MESSAGES[status]}, status, edge.usual_headers(self._settings) | headers)
+        # What is known by now of where it was to go; of a first line that makes no sense nothing.
+        path = self.url.decode("latin-1") if self._begun else ""
+        answer = errors.answer(path, status, _MESSAGES[status], edge.usual_headers(self._settings) | headers)
         lines = [b"HTTP/1.1 %d %b" % (status, status.phrase.encode())]
         lines += [b"%b: %b" % header for header in (*self.server_state.default_headers, *answer.raw_headers)]
-        self.transport.write(b"\r\n".join([*lines, b"", answer.body]))
+        self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
         log.info("refused", status=status.value, request_id=request_id)
         self.transport.write_eof()
         self.flow.resume_reading()

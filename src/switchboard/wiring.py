@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database, tracing
 from switchboard.access.limits import Failures
+from switchboard.access.operators import Operators
 from switchboard.access.rates import Rates
 from switchboard.access.seats import Seats
 from switchboard.access.tokens import Signer
@@ -28,6 +29,7 @@ from switchboard.runs.intake import Intake
 from switchboard.runs.ledger import Ledger
 from switchboard.settings import Settings
 from switchboard.tracing import Tracing
+from switchboard.watch import Watch
 
 
 class State(TypedDict):
@@ -35,8 +37,10 @@ class State(TypedDict):
 
     settings: Settings
     db: AsyncEngine
+    watch: Watch
     signer: Signer | None
     failures: Failures
+    operators: Operators
     seats: Seats
     happyrobot: HappyRobot
     lookups: Lookups
@@ -72,13 +76,14 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
             stack.push_async_callback(client.aclose)
             return client
 
-        db = database.connect(database_url)
+        watch = await stack.enter_async_context(Watch(database.dsn(database_url)).running())
+        db = database.connect(database_url, watch=watch)
         if traces is not None:
             tracing.watch(db)
         database.measure(db)
         stack.push_async_callback(db.dispose)
         # Whether the service can serve is answered also while requests use all connections.
-        probe = database.connect(database_url, pool_size=1, statement_timeout=2)
+        probe = database.connect(database_url, pool_size=1, statement_timeout=2, watch=watch)
         stack.push_async_callback(probe.dispose)
         # One retry: the pool may hold a connection that a restart of Redis has cut.
         once_more = Retry(ConstantBackoff(0.05), 1)
@@ -109,8 +114,10 @@ async def connected(settings: Settings, upstream: httpx.AsyncBaseTransport | Non
         yield State(
             settings=settings,
             db=db,
+            watch=watch,
             signer=Signer.of(settings),
             failures=Failures(shared, settings.failed_logins_per_minute),
+            operators=Operators(),
             seats=seats,
             happyrobot=happyrobot,
             lookups=lookups,

@@ -4,21 +4,22 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import asyncpg
 import structlog
 from pgqueuer import Job as Picked
 from pgqueuer import PgQueuer, RetryRequested
-from pgqueuer.adapters.drivers.asyncpg import AsyncpgPoolDriver
+from pgqueuer.adapters.drivers.asyncpg import AsyncpgPoolDriver, Relay
 from pgqueuer.models import Schedule
 from sqlalchemy.exc import SQLAlchemyError
 
 from switchboard import jobs, tracing
-from switchboard.database import dsn, singly
+from switchboard.database import AWAY, blames_the_statement, open_connection, singly
 from switchboard.deliveries.delivering import Deliverer
-from switchboard.errors import will_pass
-from switchboard.leaving import LAST_NEWS, SIGNALS, UNDER_WAY
+from switchboard.errors import PostgresAway, postgres_is_away, will_pass
+from switchboard.leaving import LAST_NEWS, SIGNALS, UNDER_WAY, Leaving
 from switchboard.runs.decisions import Decider
 from switchboard.runs.pruning import prune
 from switchboard.runs.queued import Launcher
@@ -32,6 +33,9 @@ log = structlog.stdlib.get_logger(__name__)
 
 _LOOK_EVERY = timedelta(seconds=2)
 """Between looks for jobs that no notification announced: behind a pooler there may be none."""
+
+_GONE_AFTER = timedelta(seconds=10)
+"""Of a job without a sign of life: then others may take it."""
 
 _NEWS_EVERY = 0.2
 """Seconds between two pieces of news that there are other jobs than before."""
@@ -48,8 +52,14 @@ _SAID_ONCE = frozenset({jobs.START, jobs.DECIDE, jobs.DELIVER})
 _AFTER_TROUBLE = 10.0
 """Seconds until a job that failed is tried again."""
 
+_AFTER_ABSENCE = 2.0
+"""The same for one that failed because PostgreSQL was away, from when it is back."""
+
 _RESTART_AFTER = 2.0
-"""Seconds until a worker that lost PostgreSQL looks for it again."""
+"""Seconds until a worker that could not begin, or go on, begins again."""
+
+_ASK_AGAIN_AFTER = 0.5
+"""Seconds until the queue asks PostgreSQL again for what it was not given."""
 
 PRUNE_EVERY = "*/10 * * * *"
 """When what is not to be kept any longer is deleted, by one worker of all."""
@@ -81,17 +91,74 @@ async def work(settings: Settings) -> None:
         await leaving.told()
 
 
-class _Calm(AsyncpgPoolDriver):
+Result = TypeVar("Result")
+
+
+class _Driver(AsyncpgPoolDriver):
+    """The queue's way to PostgreSQL, for which its absence is a pause.
+
+    PgQueuer itself would end, and wait for all jobs that are under way before it could begin again; or go on without
+    ever hearing any news, for a connection that listens notices nothing by itself. What PostgreSQL did not answer is
+    asked once more: PgQueuer's statements may be repeated, and jobs that it has given to nobody come up by themselves.
+    """
+
+    def __init__(self, pool: asyncpg.Pool, connect: Callable[[], Awaitable[Any]], leaving: Leaving) -> None:
+        super().__init__(pool)
+        self._connect = connect
+        self._leaving = leaving
+        self._listening: list[asyncio.Task[None]] = []
+
+    async def fetch(self, query: str, *args: object) -> list[dict[str, object]]:
+        return await self._answered(partial(super().fetch, query, *args))
+
+    async def execute(self, query: str, *args: object) -> str:
+        return await self._answered(partial(super().execute, query, *args))
+
+    async def add_listener(self, channel: str, callback: Callable[[str | bytes | bytearray], None]) -> None:
+        self._listening.append(asyncio.create_task(self._listen(channel, Relay(_calmed(callback)))))
+
+    async def __aexit__(self, *_: object) -> None:
+        # PgQueuer enters it twice.
+        self._entered -= 1
+        if not self._entered:
+            await end(*self._listening)
+
+    async def _answered(self, ask: Callable[[], Awaitable[Result]]) -> Result:
+        while True:
+            try:
+                return await ask()
+            except AWAY as error:
+                if blames_the_statement(error) or self._leaving.begun:
+                    raise
+                if not isinstance(error, PostgresAway):  # that has been said
+                    log.warning("the queue waits for PostgreSQL", error=error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._leaving.told(), _ASK_AGAIN_AFTER)
+
+    async def _listen(self, channel: str, hear: Relay) -> None:
+        while True:
+            try:
+                await self._listen_while_it_lasts(channel, hear)
+            except AWAY as error:
+                log.debug("no news of the queue", error=error)
+            await asyncio.sleep(_ASK_AGAIN_AFTER)
+
+    async def _listen_while_it_lasts(self, channel: str, hear: Relay) -> None:
+        lost = asyncio.Event()
+        connection = await self._connect()
+        try:
+            connection.add_termination_listener(lambda _: lost.set())
+            await connection.add_listener(channel, hear)
+            await lost.wait()
+        finally:
+            await connection.close()
+
+
+def _calmed(callback: Callable[[Any], None]) -> Callable[[Any], None]:
     """Passes on one piece of news of the queue in a while: whoever hears of any looks into it several times.
 
     Each new run is news, though its job is not due for long, and each job that is done.
     """
-
-    async def add_listener(self, channel: str, callback: Callable[[str | bytes | bytearray], None]) -> None:
-        await super().add_listener(channel, _calmed(callback))
-
-
-def _calmed(callback: Callable[[Any], None]) -> Callable[[Any], None]:
     loop = asyncio.get_running_loop()
     quiet_until = 0.0
     kept: asyncio.TimerHandle | None = None
@@ -142,11 +209,13 @@ class _Worker:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._leaving.told(), _RESTART_AFTER)
 
+    async def _connect(self, *_: Any, **__: Any) -> Any:
+        database_url, _redis_url = addresses(self._state["settings"])
+        return await open_connection(database_url, watch=self._state["watch"])
+
     async def _serve_queue(self) -> None:
-        database_url, _ = addresses(self._state["settings"])
-        async with asyncpg.create_pool(
-            dsn(database_url), min_size=2, max_size=6, timeout=5, command_timeout=10
-        ) as pool:
+        # None is kept for its own sake: the pool would complain loudly while it cannot have one.
+        async with asyncpg.create_pool(connect=self._connect, min_size=0, max_size=4) as pool:
             # What a process that was killed has left behind is put in order at the next start.
             await self._sweep()
             # Apart, so that customers' endpoints which do not answer leave calls their places.
@@ -157,7 +226,12 @@ class _Worker:
             webhooks = self._queue(pool, self._webhooks)
             running = [
                 asyncio.create_task(
-                    queue.run(dequeue_timeout=_LOOK_EVERY, batch_size=_BATCH, max_concurrent_tasks=at_once)
+                    queue.run(
+                        dequeue_timeout=_LOOK_EVERY,
+                        batch_size=_BATCH,
+                        max_concurrent_tasks=at_once,
+                        heartbeat_timeout=_GONE_AFTER,
+                    )
                 )
                 for queue, at_once in ((calls, _CALLS_AT_ONCE), (webhooks, _WEBHOOKS_AT_ONCE))
             ]
@@ -171,7 +245,7 @@ class _Worker:
                 raise error
 
     def _queue(self, pool: asyncpg.Pool, works: Mapping[str, Work]) -> PgQueuer:
-        driver = _Calm(pool)
+        driver = _Driver(pool, self._connect, self._leaving)
         queue = PgQueuer(driver, jobs.NAMES.channel, queries=jobs.queries(driver))
         for entrypoint, work in works.items():
             # Held, should PgQueuer fail to put it off because PostgreSQL is away: the sweep brings it back.
@@ -229,7 +303,7 @@ class _Worker:
                 log.warning("job waits", job=job.entrypoint, subject=subject, error=error)
             else:
                 log.exception("job failed", job=job.entrypoint, subject=subject)
-            return _AFTER_TROUBLE
+            return _AFTER_ABSENCE if postgres_is_away(error) else _AFTER_TROUBLE
 
 
 def _subject(job: Picked) -> str:

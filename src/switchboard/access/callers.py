@@ -41,6 +41,9 @@ _cookie = APIKeyCookie(
     name=COOKIE, auto_error=False, scheme_name="cookie", description="A browser token, on this origin."
 )
 
+InQuery = Annotated[str | None, Depends(_query)]
+InCookie = Annotated[str | None, Depends(_cookie)]
+
 _ALL_RIGHTS = frozenset(Right)
 
 _RIGHTS = {
@@ -96,8 +99,8 @@ async def _caller(
     signer: CurrentSigner,
     failures: CurrentFailures,
     bearer: Bearer,
-    in_query: Annotated[str | None, Depends(_query)],
-    in_cookie: Annotated[str | None, Depends(_cookie)],
+    in_query: InQuery,
+    in_cookie: InCookie,
 ) -> Caller:
     try:
         return await _known(request, db, settings, signer, bearer, in_query, in_cookie)
@@ -247,7 +250,8 @@ Starter = Annotated[Caller, Depends(starter)]
 Decider = Annotated[Caller, Depends(_with(Right.DECIDE))]
 """Somebody who may approve and reject what runs of `sight` ask for."""
 
-Operator = Annotated[Caller, Depends(_with(Right.OPERATE))]
+operator = _with(Right.OPERATE)
+Operator = Annotated[Caller, Depends(operator)]
 """Somebody who looks after the installation."""
 
 Issuer = Annotated[Caller, Depends(_of_a_backend)]

@@ -82,6 +82,9 @@ _NOT_STARTED = _WORTH_ANOTHER_TRY | frozenset(range(300, 500))
 _NEVER_LEFT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol, httpx.InvalidURL)
 """What goes wrong before a byte of a request is sent."""
 
+_OF_OUR_OWN = (httpx.PoolTimeout, httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.InvalidURL)
+"""What says nothing about HappyRobot."""
+
 _PAGES = 20
 """Pages of a v2 list that are read, at most."""
 
@@ -225,6 +228,8 @@ class HappyRobot:
         # Who waits for a turn, and is waited for.
         self._waiting = 0
         self._key_refused = False
+        self.away: bool | None = None
+        """Whether the last of this process's requests had no answer, or a 5xx; None before the first."""
 
         # Apart, so that hooks which hang leave the Platform API its connections. A hook gets a new connection for each
         # trigger: one that was kept may break at the moment of sending, and nobody could say whether it was heard.
@@ -280,8 +285,7 @@ class HappyRobot:
 
     async def _trigger(self, hook: Hook, payload: dict[str, Any]) -> list[str]:
         try:
-            async with asyncio.timeout(self._settings.happyrobot_trigger_timeout):
-                response, body = await self._post(hook, payload)
+            response, body = await self._post(hook, payload)
         except _NEVER_LEFT as error:
             raise NotSent(f"HappyRobot cannot be reached ({type(error).__name__})") from error
         except (httpx.HTTPError, TimeoutError) as error:
@@ -304,21 +308,44 @@ class HappyRobot:
         return run_ids
 
     async def _post(self, hook: Hook, body: dict[str, Any], **headers: str) -> tuple[httpx.Response, bytes]:
-        """Tells a hook something, once. Whoever does limits the time that it may take once there is a connection."""
+        """Tells a hook something, once."""
         if hook.key is not None:
             headers["X-API-KEY"] = hook.key.get_secret_value()
         # Made here and not by a client, which would look for cookies, credentials and redirects.
         request = httpx.Request(
             "POST", _address(hook.url), json=body, headers=_HOOK_HEADERS | headers, extensions=_HOOK_TIMEOUTS
         )
-        return await _send(self._hooks.handle_async_request, request)
+        sending = _send(self._hooks.handle_async_request, request)
+        return await self._heard(sending, self._settings.happyrobot_trigger_timeout)
+
+    async def _heard(
+        self, sending: Awaitable[tuple[httpx.Response, bytes]], seconds: float
+    ) -> tuple[httpx.Response, bytes]:
+        """Waits for an answer while there is time, and notes whether there is one: it says that HappyRobot is there."""
+        try:
+            async with asyncio.timeout(seconds):
+                response, body = await sending
+        except _OF_OUR_OWN:
+            raise
+        except httpx.DecodingError:
+            self._note(away=False)
+            raise
+        except BaseException:
+            # Also where nobody can wait any longer, and it is given up from outside.
+            self._note(away=True)
+            raise
+        self._note(away=response.is_server_error)
+        return response, body
+
+    def _note(self, *, away: bool) -> None:
+        self.away = away
+        metrics.HAPPYROBOT_AWAY.set(away)
 
     async def decide(self, hook: Hook, decision: dict[str, Any]) -> None:
         """Tells a workflow that waits what was decided. Raises Refused, and NoAnswer where it may not have heard."""
         with _measured("decide"):
             try:
-                async with asyncio.timeout(self._settings.happyrobot_trigger_timeout):
-                    response, _ = await self._post(hook, decision, **{"Idempotency-Key": str(decision["approval_id"])})
+                response, _ = await self._post(hook, decision, **{"Idempotency-Key": str(decision["approval_id"])})
             except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
                 raise NoAnswer(f"HappyRobot did not answer ({type(error).__name__})") from error
             if not response.is_success:
@@ -451,9 +478,10 @@ class HappyRobot:
         # An object even where there is nothing to say: an empty body has been answered 400.
         body: dict[str, Any] | None = {} if method == "POST" else None
         try:
-            async with asyncio.timeout(effort.timeout):
-                request = self._platform.build_request(method, url, params=query or None, json=body, headers=headers)
-                response, content = await _send(partial(self._platform.send, stream=True), request)
+            request = self._platform.build_request(method, url, params=query or None, json=body, headers=headers)
+            response, content = await self._heard(
+                _send(partial(self._platform.send, stream=True), request), effort.timeout
+            )
         except _TooMuch as error:
             raise Unreadable("HappyRobot answered with more than can be read") from error
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:

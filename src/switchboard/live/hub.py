@@ -234,11 +234,11 @@ class Hub:
         self._mind_the_gap(None)
         while (cursor := self._cursor) is not None:
             async with self._db.connect() as conn:
-                events = await read_events(conn, Scope(EVERYTHING), after=cursor, limit=_PAGE)
+                page = await read_events(conn, Scope(EVERYTHING), after=cursor, limit=_PAGE)
             # Meanwhile some may have come by themselves, or the last reader have left, and perhaps another come.
             if (cursor := self._cursor) is not None:
-                self._show([Frame.of(event) for event in events if event.id > cursor])
-            if len(events) < _PAGE:
+                self._show([Frame.of(event) for event in page.events if event.id > cursor])
+            if not page.more:
                 break
         self.take(())
 

@@ -272,9 +272,9 @@ async def _within_this_life(hub: Hub, follower: Follower, after: int | None) -> 
 async def _replay(db: AsyncEngine, scope: Scope, after: int, up_to: int | None) -> AsyncIterator[Sequence[Frame]]:
     while True:
         async with db.connect() as conn:
-            events = await read_events(conn, scope, after=after, up_to=up_to, limit=_PAGE)
-        if events:
-            after = events[-1].id
-            yield [Frame.of(event) for event in events]
-        if len(events) < _PAGE:
+            page = await read_events(conn, scope, after=after, up_to=up_to, limit=_PAGE)
+        if page.events:
+            after = page.events[-1].id
+            yield [Frame.of(event) for event in page.events]
+        if not page.more:
             return

@@ -239,8 +239,14 @@ def _error(exc_info: Any) -> BaseException | None:
 
 
 def _printable(_: object, __: str, line: EventDict) -> EventDict:
-    """Escapes what would move a terminal's cursor."""
+    """Escapes what would move a terminal's cursor, or be taken for the end of a line."""
     for name, value in line.items():
-        if isinstance(value, str) and name != "exception":
-            line[name] = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], value)
+        if isinstance(value, str):
+            line[name] = "\n".join(map(_escaped, value.split("\n"))) if name == "exception" else _escaped(value)
     return line
+
+
+def _escaped(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

@@ -41,7 +41,8 @@ _SPEAKING_TOO = frozenset(
 def told(error: BaseException) -> str:
     """An exception in a line: its class, and its message where that cannot hold what somebody has sent."""
     words = _words(error)
-    return f"{_name(error)}: {words}" if words else _name(error)
+    # One line, whatever stands in it: the next one would pass for a place, or for another line of the log.
+    return f"{_name(error)}: {' '.join(words.splitlines())}" if words else _name(error)
 
 
 def _name(error: BaseException) -> str:

@@ -5,6 +5,7 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextvars import Context
+from itertools import chain, repeat
 from typing import Annotated, NamedTuple, Self
 
 import structlog
@@ -13,14 +14,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import HTTPConnection
 
 from switchboard.database import Line
-from switchboard.errors import StatementFailed, Unavailable, postgres_is_away
+from switchboard.errors import StatementFailed, Unavailable, postgres_is_away, will_pass
 from switchboard.events import NewEvent
 from switchboard.leaving import LAST_NEWS, LAST_WORDS, Leaving
 from switchboard.live.announcer import Announcer
 from switchboard.runs.appending import append, plain
 from switchboard.runs.beginning import begin, fresh
 from switchboard.runs.ingest import write
-from switchboard.runs.sorting import News, Outcome, Recorded, Registered
+from switchboard.runs.sorting import NewRuns, News, Outcome, Recorded, Registered, Unconfirmed
 from switchboard.tasks import end
 
 log = structlog.stdlib.get_logger(__name__)
@@ -30,6 +31,9 @@ MAX_WAITING = 2_000
 
 MAX_BATCH = 200
 """News in one transaction."""
+
+_PAUSES = (0.2, 1.0, 3.0)
+"""Seconds between attempts to write what must not get lost; the last ones as long as it takes."""
 
 MAX_WAITING_BYTES, MAX_BATCH_BYTES = 64_000_000, 8_000_000
 """What they may weigh."""
@@ -66,6 +70,7 @@ class Intake:
         self._waiting_bytes = 0
         self._writing: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
+        self._insisted: set[asyncio.Task[Outcome]] = set()
         self._expected: set[object] = set()
         self._nothing_expected = asyncio.Event()
         self._nothing_expected.set()
@@ -87,6 +92,38 @@ class Intake:
             # In nobody's context: what it logs and traces is not about the one who came first.
             self._writing = asyncio.create_task(self._write_all(), context=Context())
         return await written
+
+    def insist(self, news: NewRuns | Unconfirmed) -> "asyncio.Task[Outcome]":
+        """Writes what became of a call, behind whoever waits for it: however long PostgreSQL is away.
+
+        Only those that were under way when it went are waiting then, as without it no more calls are placed.
+        """
+        task = asyncio.create_task(self._insist(news))
+        self._insisted.add(task)
+        task.add_done_callback(self._has_been_written)
+        return task
+
+    def _has_been_written(self, task: "asyncio.Task[Outcome]") -> None:
+        self._insisted.discard(task)
+        if not task.cancelled():
+            task.exception()  # it is in the log; nobody may be there any more to be told
+
+    async def _insist(self, news: NewRuns | Unconfirmed) -> Outcome:
+        pauses = chain(_PAUSES, repeat(_PAUSES[-1]))
+        with self.expecting():
+            try:
+                while True:
+                    try:
+                        return await self.take(news)
+                    except (SQLAlchemyError, OSError) as error:
+                        if not will_pass(error):
+                            raise
+                        log.warning("what became of a call waits", execution_id=news.execution_id, error=error)
+                    await asyncio.sleep(next(pauses))
+            except BaseException as error:
+                lost = {"execution_id": news.execution_id, "run_ids": news.run_ids if isinstance(news, NewRuns) else ()}
+                log.error("what became of a call is lost", **lost, error=error)  # noqa: TRY400  # its words are enough
+                raise
 
     @contextlib.contextmanager
     def expecting(self) -> Iterator[None]:
@@ -110,6 +147,7 @@ class Intake:
             self._leaving.begin()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._nothing_expected.wait(), self._leaving.left(LAST_NEWS))
+            await end(*self._insisted)
             if (writing := self._writing) is not None:
                 # What a database that does not answer keeps from being written was not answered 200.
                 await asyncio.wait({writing}, timeout=self._leaving.left(LAST_WORDS))

@@ -211,11 +211,10 @@ async def timeline(
     """Everything that happened to a run, oldest first. `Link` leads to what follows, if there is more."""
     async with singly(db).connect() as conn:
         scope = Scope(caller.sight, run_id=run_id)
-        events = await read_events(conn, scope, after=after, limit=limit + 1, up_to=up_to)
-        if not events:
+        page = await read_events(conn, scope, after=after, limit=limit, up_to=up_to)
+        if not page.events:
             found(await find_run(conn, run_id, caller.sight))
-    page = b",".join(event.encode() for event in events[:limit])
-    response = Response(b"[%b]" % page, media_type="application/json")
-    if len(events) > limit:
-        link_next(request, response, after=events[limit - 1].id)
+    response = Response(b"[%b]" % b",".join(event.encode() for event in page.events), media_type="application/json")
+    if page.more:
+        link_next(request, response, after=page.events[-1].id)
     return response

@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import time
 from dataclasses import replace
-from itertools import chain, repeat
 from typing import Annotated, Any, Literal
 from uuid import UUID, uuid4
 
@@ -31,7 +29,6 @@ from switchboard.errors import (
     TriggerFailed,
     Unprocessable,
     complaint,
-    will_pass,
 )
 from switchboard.events import IdOfExecution
 from switchboard.executions import COLUMNS
@@ -47,11 +44,8 @@ from switchboard.workflows import DEFAULT_WORKFLOW, Workflow, default, find
 
 log = structlog.stdlib.get_logger(__name__)
 
-_PAUSES = (0.2, 1.0, 3.0)
-"""Seconds between attempts to record runs that HappyRobot has started; the last ones as long as it takes."""
-
 _PATIENCE = 5.0
-"""Seconds for which somebody who waits for an answer can wait for that."""
+"""Seconds for which somebody who waits for an answer can wait for runs to be recorded."""
 
 STOPPED = "The service stopped before HappyRobot's answer was known"
 
@@ -160,7 +154,7 @@ async def start(
                 return await _told_again(conn, stored)
         workflow = stored
     runs = NewRuns(execution.id, workflow_id, request.context_id, request.name or DEFAULT_NAME, request.description, ())
-    run_ids = await place(happyrobot, intake, settings, workflow, runs, body)
+    run_ids = await place(happyrobot, intake, settings, workflow, runs, body, patience=_PATIENCE)
     return TriggerOut(success=True, run_ids=run_ids, execution_id=execution.id)
 
 
@@ -213,13 +207,14 @@ async def place(
     runs: NewRuns,
     body: dict[str, Any],
     *,
-    patience: float = _PATIENCE,
+    patience: float,
     can_wait: bool = False,
 ) -> list[str]:
     """Calls HappyRobot for an execution that is stored, and records the runs that it names; `runs` says whose.
 
-    `patience` is in seconds: how long PostgreSQL may be away while they are recorded. Raises TriggerFailed when
-    HappyRobot did not confirm; what is known then is written down. Raises PutOff, and writes nothing down, when the
+    `patience` is in seconds: for how long the caller can wait for that while PostgreSQL is away; they are recorded all
+    the same once it is back. Raises TriggerFailed when they are not yet, and when HappyRobot did not confirm; what is
+    known then is written down. Raises PutOff, and writes nothing down, when the
     service stops between two attempts and somebody else `can_wait` for the next.
     """
     # Ours come last, so that nobody can send the callbacks elsewhere.
@@ -306,25 +301,14 @@ async def _told_again(conn: AsyncConnection, execution: Row[Any]) -> TriggerOut:
 
 async def _record(intake: Intake, runs: NewRuns, patience: float) -> None:
     # The call is placed. Whatever happens now, nobody may be told to try again.
-    deadline = time.monotonic() + patience
+    recording = intake.insist(runs)
     try:
-        for pause in chain(_PAUSES, repeat(_PAUSES[-1])):
-            try:
-                await intake.take(runs)
-            except (SQLAlchemyError, OSError) as error:
-                if not will_pass(error) or time.monotonic() + pause > deadline:
-                    raise _not_recorded(runs, error) from error
-                await asyncio.sleep(pause)
-            else:
-                return
-    except asyncio.CancelledError as stopped:
-        raise _not_recorded(runs, Unknown(STOPPED)) from stopped
-
-
-def _not_recorded(runs: NewRuns, error: Exception) -> TriggerFailed:
-    log.error("runs are not recorded", execution_id=runs.execution_id, run_ids=runs.run_ids, error=error)
-    detail = "HappyRobot started it, but its runs could not be recorded"
-    return _failed(runs.execution_id, ExecutionStatus.SUBMISSION_UNKNOWN, detail, run_ids=list(runs.run_ids))
+        async with asyncio.timeout(patience):
+            await asyncio.shield(recording)
+    except (SQLAlchemyError, OSError, asyncio.CancelledError) as error:
+        detail = "HappyRobot started it, but its runs could not be recorded"
+        unknown = ExecutionStatus.SUBMISSION_UNKNOWN
+        raise _failed(runs.execution_id, unknown, detail, run_ids=list(runs.run_ids)) from error
 
 
 async def _unconfirmed(intake: Intake, execution_id: UUID, error: HappyRobotError) -> TriggerFailed:
@@ -332,9 +316,11 @@ async def _unconfirmed(intake: Intake, execution_id: UUID, error: HappyRobotErro
     status = ExecutionStatus.SUBMISSION_UNKNOWN if isinstance(error, Unknown) else ExecutionStatus.FAILED
     log.warning("execution unconfirmed", execution_id=execution_id, status=status, error=error)
     found: dict[str, Any] = {}
-    # The caller learns of it even if it cannot be written down: then a worker does, once the process counts as gone.
+    # The caller learns of it even if it cannot be written down now.
+    noting = intake.insist(Unconfirmed(execution_id, status, str(error)))
     with contextlib.suppress(SQLAlchemyError, OSError, asyncio.CancelledError):
-        noted = await intake.take(Unconfirmed(execution_id, status, str(error)))
+        async with asyncio.timeout(_PATIENCE):
+            noted = await asyncio.shield(noting)
         if isinstance(noted, Noted) and noted.run_ids:
             found["run_ids"] = list(noted.run_ids)
     return _failed(execution_id, status, str(error), **found)

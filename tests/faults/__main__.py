@@ -1,0 +1,76 @@
+"""`make faults`: campaigns for so many minutes, each with a seed of its own."""
+
+import argparse
+import logging
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import uvloop
+
+from switchboard.settings import Settings
+from tests.faults.campaign import Broken, Campaign, Tally, drawn
+from tests.faults.scene import staged
+from tests.faults.variants import VARIANTS
+
+
+async def _campaign(seed: int, minutes: float, variant: str, folder: Path) -> Tally:
+    # What goes wrong is drawn apart, so that a seed names it, whatever everybody else makes of it.
+    plans = random.Random(seed)
+    async with (
+        staged(random.Random(seed), folder, durable=True, variant=variant) as scene,
+        Campaign(scene, say=_say) as campaign,
+    ):
+        until = time.monotonic() + 60 * minutes
+        while time.monotonic() < until:
+            await campaign.round(drawn(scene, plans))
+        return await campaign.finish()
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _report(seed: int, tally: Tally) -> None:
+    _say(f"seed {seed}: nothing lost in {tally.rounds} rounds with {tally.faults.total()} faults")
+    _say(f"  acknowledged: {tally.callbacks} callbacks, {tally.calls} calls; {tally.events} events at browsers")
+    _say(f"  in {tally.streams} streams; back after {tally.slowest:.1f} s at most")
+    for name, times in sorted(tally.faults.items()):
+        _say(f"  {times:4} {name}")
+    for name, times in sorted(tally.answers.items()):
+        _say(f"  {times:6} {name}")
+    for place in (0, len(tally.sizes) // 2, -1):
+        _say(f"  sizes: { {name: (size >> 20, files) for name, (size, files) in tally.sizes[place].items()} }")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, action="append")
+    parser.add_argument("--seeds", type=int, default=1, help="How many, where none is given.")
+    parser.add_argument("--variant", choices=sorted(VARIANTS), default="")
+    given = parser.parse_args()
+    for name in list(os.environ):
+        if name.lower() in Settings.model_fields:
+            del os.environ[name]
+    logging.getLogger("uvicorn.error").disabled = True  # of the simulator, which is told to fail
+    seeds = given.seed or [random.SystemRandom().randrange(1_000_000) for _ in range(given.seeds)]
+    for seed in seeds:
+        folder = Path(tempfile.mkdtemp(prefix="switchboard-faults-"))
+        folder.chmod(0o755)
+        _say(f"seed {seed}, {given.minutes:g} minutes, in {folder}")
+        try:
+            tally = uvloop.run(_campaign(seed, given.minutes, given.variant, folder))
+        except Broken as broken:
+            sys.exit(f"seed {seed}: {broken}\n(logs are in {folder})")
+        _report(seed, tally)
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""Who uses Switchboard in a round: applications, HappyRobot's further callbacks, browsers, websites, pollers.
+
+All of them come by the front, and do what a careful client does: repeat what was not answered where that is safe, and
+nothing else.
+"""
+
+import asyncio
+import contextlib
+import json
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from httpx_sse import SSEError, aconnect_sse
+
+from switchboard.errors import PUBLIC
+from tests.conftest import HOOK_KEY
+from tests.faults.ledger import FINAL, Book, Intent, Seen
+from tests.faults.scene import Scene
+
+_PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""Everything here is plain HTTP; to read the usual certificates for each stream would take longer than all else."""
+
+PATIENCE = 15.0
+"""Seconds that a client waits for an answer."""
+
+_RETRIES_FOR = 200.0
+"""Seconds for which a client repeats what it may repeat."""
+
+
+@dataclass(eq=False)
+class Cast:
+    """All who act in a round."""
+
+    scene: Scene
+    book: Book
+    app: httpx.AsyncClient
+    website: httpx.AsyncClient
+    happyrobot: httpx.AsyncClient
+    poller: httpx.AsyncClient
+    browsers: list["Browser"] = field(default_factory=list)
+    _stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def begin(self, deed: Callable[[], Awaitable[None]]) -> None:
+        task = asyncio.create_task(self._do(deed))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _do(self, deed: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await deed()
+        except Exception as error:  # noqa: BLE001  # of an actor's own; nobody else would hear of it
+            self.book.complain(f"an actor fails: {error!r}")
+
+    def repeat(self, deed: Callable[[], Awaitable[None]], a_second: float) -> None:
+        """Lets something be done so often, each time whether or not the one before is done."""
+
+        async def again() -> None:
+            while not self._stopped.is_set():
+                if len(self._tasks) < 400:
+                    self.begin(deed)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopped.wait(), self.scene.chance.expovariate(a_second))
+
+        self.begin(again)
+
+    async def stop(self) -> None:
+        """Begins nothing new; what has begun goes on."""
+        self._stopped.set()
+
+    async def done(self, within: float) -> bool:
+        """Whether everybody is done by then."""
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=within)
+        return not self._tasks
+
+    async def leave(self) -> None:
+        for task in (*self._tasks, *(browser.task for browser in self.browsers if browser.task)):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # What they want
+
+    def _wishes(self) -> dict[str, Any]:
+        """What a call is to be like, and what HappyRobot does badly about it."""
+        chance = self.scene.chance
+        faults: dict[str, Any] = {}
+        for name, odds in (("duplicate", 0.3), ("reorder", 0.15), ("drop_final", 0.15), ("call_back_first", 0.1)):
+            if chance.random() < odds:
+                faults[name] = True
+        match chance.choices(["well", "hang", "disconnect", "answer", "silent"], [70, 6, 8, 12, 4])[0]:
+            case "answer":
+                faults["answer"] = chance.choice(["garbage", "empty", "no_runs", "503", "429", "502", "400", "500"])
+            case "well":
+                pass
+            case fault:
+                faults[fault] = True
+        if chance.random() < 0.15:
+            faults |= chance.choice([{"api_missing": 1.0}, {"api_delay": 0.5}, {"api_answer": "500"}])
+        if faults.get("api_answer") and (faults.get("drop_final") or faults.get("silent")):
+            del faults["api_answer"]  # nobody would ever tell how it ended
+        outcome = chance.choices(["completed", "failed", "canceled"], [70, 20, 10])[0]
+        wishes: dict[str, Any] = {"faults": faults, "outcome": outcome, "runs": 1 if chance.random() < 0.85 else 2}
+        return wishes | {"cloud_events": chance.random() < 0.2}
+
+    def _intent(self, *, keyed: bool, **more: Any) -> Intent:
+        book = self.book
+        number = f"{book.number}-{len(book.intents)}"
+        intent = Intent(number, self.scene.chance.choice(book.contexts), f"key-{number}" if keyed else None, **more)
+        book.intents.append(intent)
+        return intent
+
+    async def place_a_call(self) -> None:
+        intent = self._intent(keyed=self.scene.chance.random() < 0.6)
+        body = {"context_id": intent.context_id, "intent": intent.id, "simulate": self._wishes()}
+        headers = {} if intent.key is None else {"Idempotency-Key": intent.key}
+        async for answer in self._asking(
+            self.app, "a trigger", "/api/happyrobot/trigger", body, headers, again=bool(intent.key)
+        ):
+            said = answer.json()
+            intent.execution_id = said.get("execution_id", intent.execution_id)
+            if answer.status_code == 200:
+                intent.run_ids = said["run_ids"]
+                intent.accepted = True
+            if answer.status_code in (200, 502):
+                intent.answered = True
+                return
+
+    async def execute_an_agent(self) -> None:
+        chance = self.scene.chance
+        intent = self._intent(keyed=True, customer=chance.choice(self.scene.customers))
+        assert intent.customer is not None
+        approval = chance.random() < 0.3
+        wishes = self._wishes() | ({"approval": True, "runs": 1} if approval else {})
+        if approval:
+            wishes["faults"] = {name: on for name, on in wishes["faults"].items() if name == "duplicate"}
+        body = {"input": {"intent": intent.id, "simulate": wishes}, "contextId": intent.context_id}
+        headers = intent.customer.headers | {"Idempotency-Key": str(intent.key)}
+        path = f"{PUBLIC}/agents/default/execute"
+        async for answer in self._asking(self.website, "an execution", path, body, headers, again=True):
+            if answer.status_code == 202:
+                intent.execution_id = answer.json()["executionId"]
+                intent.accepted = intent.answered = True
+                break
+        if approval and intent.accepted:
+            await self._decide(intent)
+
+    async def _decide(self, intent: Intent) -> None:
+        assert intent.customer is not None
+        path, headers = f"{PUBLIC}/executions/{intent.execution_id}", intent.customer.headers
+        verdict = self.scene.chance.choice(["approve", "reject"])
+        async for answer in self._asking(
+            self.website, "an approval", f"{path}/pending-approval", None, headers, again=True
+        ):
+            if answer.status_code == 200:
+                break
+            status = await self._get("a status", f"{path}/status", headers)
+            if status is None or status.status_code != 200:
+                continue
+            if status.json()["status"] in ("completed", "failed", "cancelled"):
+                return  # the call came to nothing before it had asked
+        async for answer in self._asking(self.website, "a decision", f"{path}/{verdict}", {}, headers, again=True):
+            if answer.status_code == 200:
+                intent.decision = verdict
+                return
+            self.book.complain(f"a decision was answered {answer.status_code}: {answer.text}")
+            return
+
+    async def _asking(
+        self, http: httpx.AsyncClient, what: str, path: str, body: Any, headers: dict[str, str], *, again: bool
+    ) -> AsyncIterator[httpx.Response]:
+        """The answers to one request that is sent until somebody has heard enough; once, unless it may be repeated."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _RETRIES_FOR
+        while loop.time() < deadline:
+            try:
+                if body is None:
+                    answer = await http.get(path, headers=headers)
+                else:
+                    answer = await http.post(path, json=body, headers=headers)
+            except (httpx.TransportError, AttributeError):
+                self.book.answers[f"{what} -"] += 1
+            else:
+                self.book.note(what, answer.status_code, answer.text)
+                if answer.status_code == 503 and "retry-after" not in answer.headers:
+                    self.book.complain(f"{what}: 503 without Retry-After")
+                if answer.status_code != 503:
+                    yield answer
+            if not again:
+                return
+            await asyncio.sleep(self.scene.chance.uniform(0.3, 1.0))
+
+    async def _get(self, what: str, path: str, headers: dict[str, str] | None = None) -> httpx.Response | None:
+        try:
+            answer = await self.poller.get(path, headers=headers)
+        except (httpx.TransportError, AttributeError):
+            return None
+        self.book.note(what, answer.status_code, answer.text)
+        return answer
+
+    # What HappyRobot's workflows send beside the story of a call
+
+    async def call_back(self) -> None:
+        scene, book, chance = self.scene, self.book, self.scene.chance
+        runs = [run for run in scene.simulator.runs.values() if run.payload.get("context_id") in book.contexts]
+        if not runs:
+            return
+        run = chance.choice(runs)
+        marker = f"m{book.number}-{len(book.sent)}"
+        book.sent[marker] = run.id
+        kind = "note"
+        if run.id in book.finals and chance.random() < 0.3:
+            kind = chance.choice(["running", "failed", "completed"])  # a lie: it is over, and everybody knows how
+        await asyncio.gather(*(self._send(run.id, marker, kind) for _ in range(1 if chance.random() < 0.7 else 2)))
+
+    async def _send(self, run_id: str, marker: str, kind: str) -> None:
+        headers, body = {"X-API-KEY": HOOK_KEY}, {"run_id": run_id, "event_type": kind, "data": {"marker": marker}}
+        number = int(marker.partition("-")[2])
+        match number % 3:
+            case 0:
+                headers["X-Webhook-Id"] = marker
+            case 1:
+                body["timestamp"] = f"2026-01-01T00:00:00.{number % 1_000_000:06}Z"
+            case _ if kind == "note":
+                data = {"run_id": run_id, "marker": marker}
+                body = {"specversion": "1.0", "id": marker, "source": "s", "type": "note", "data": data}
+            case _:
+                headers["X-Webhook-Id"] = marker
+        for pause in (0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 3.0):
+            with contextlib.suppress(httpx.TransportError, AttributeError):
+                answer = await self.happyrobot.post(
+                    "/api/webhooks/happyrobot", content=json.dumps(body), headers=headers
+                )
+                self.book.note("a callback", answer.status_code, answer.text)
+                if answer.status_code == 200:
+                    self.book.acknowledged.add(marker)
+                    return
+            await asyncio.sleep(pause)
+
+    # Who looks
+
+    async def look(self) -> None:
+        chance, book = self.scene.chance, self.book
+        known = [run_id for intent in book.intents for run_id in intent.run_ids]
+        if not known:
+            return
+        run_id = chance.choice(known)
+        match chance.randrange(4):
+            case 0:
+                final = book.finals.get(run_id)
+                answer = await self._get("a status", f"/api/happyrobot/status?run_id={run_id}")
+                if answer is not None and answer.status_code == 200:
+                    book.tell_status(run_id, answer.json()["status"].upper(), final, "status")
+            case 1:
+                final = book.finals.get(run_id)
+                answer = await self._get("a run", f"/api/happyrobot/runs/{run_id}")
+                if answer is not None and answer.status_code == 200:
+                    book.tell_status(run_id, answer.json()["status"], final, "run")
+            case 2:
+                context_id = chance.choice(book.contexts)
+                await self._get("a list", f"/api/happyrobot/runs?context_id={context_id}")
+            case _:
+                await self._get("a timeline", f"/api/happyrobot/runs/{run_id}/events")
+
+    async def cancel(self) -> None:
+        known = [run_id for intent in self.book.intents for run_id in intent.run_ids]
+        if known:
+            path = f"/api/happyrobot/runs/{self.scene.chance.choice(known)}/cancel"
+            with contextlib.suppress(httpx.TransportError, AttributeError):
+                answer = await self.app.post(path, json={})
+                self.book.note("a cancellation", answer.status_code, answer.text)
+
+
+@dataclass(eq=False)
+class Browser:
+    """Follows events, and comes back whenever its stream ends; what it has been sent must be all there is."""
+
+    cast: Cast
+    params: dict[str, str]
+    after: int
+    """Its first stream begins behind this event."""
+    manner: str = "reads"
+    """How it reads: at once, slowly, or not for a while; or it leaves now and then."""
+    seen: list[Seen] = field(default_factory=list)
+    streams: int = 0
+    ended: bool = False
+    """Whether it was told that its run is over."""
+    task: asyncio.Task[None] | None = None
+    _finals: dict[str, str] = field(default_factory=dict)
+
+    def start(self) -> None:
+        self.cast.browsers.append(self)
+        self.task = asyncio.create_task(self._follow())
+
+    @property
+    def last(self) -> int:
+        return self.seen[-1].id if self.seen else self.after
+
+    async def _follow(self) -> None:
+        chance = self.cast.scene.chance
+        while not self.ended:
+            try:
+                async with httpx.AsyncClient(
+                    base_url=self.cast.scene.front.url, timeout=httpx.Timeout(5, read=20), verify=_PLAIN
+                ) as http:
+                    await self._read(http)
+            except (httpx.HTTPError, SSEError, AttributeError):
+                pass
+            except Exception as error:  # noqa: BLE001  # nobody else would hear of it
+                self.cast.book.complain(f"a browser fails: {error!r}")
+            await asyncio.sleep(chance.uniform(0.05, 0.4))
+
+    async def _read(self, http: httpx.AsyncClient) -> None:
+        chance, book = self.cast.scene.chance, self.cast.book
+        headers = {"Last-Event-ID": str(self.last)}
+        async with aconnect_sse(http, "GET", "/api/events", params=self.params, headers=headers) as source:
+            if source.response.status_code != 200:
+                book.note("a stream", source.response.status_code)
+                return
+            self.streams += 1
+            stalls = self.manner == "stalls"
+            async for sse in source.aiter_sse():
+                if sse.event == "end":
+                    self.ended = True
+                    return
+                if not sse.data:
+                    continue
+                self._take(sse.json())
+                if self.manner == "slow":
+                    await asyncio.sleep(0.05)
+                if stalls and chance.random() < 0.05:
+                    stalls = False
+                    await asyncio.sleep(4)
+                if self.manner == "leaves" and chance.random() < 0.03:
+                    return
+
+    def _take(self, event: dict[str, Any]) -> None:
+        seen = Seen(event["id"], event["run_id"], event["context_id"], event["event_type"], event["status"])
+        if seen.id <= self.last:
+            self.cast.book.complain(f"a browser was sent event {seen.id} after {self.last}")
+        self.seen.append(seen)
+        if seen.context_id in self.cast.book.contexts:
+            known = self._finals.get(seen.run_id)
+            self.cast.book.tell_status(seen.run_id, seen.status, known, f"stream, event {seen.id}")
+            if seen.status in FINAL:
+                self._finals[seen.run_id] = seen.status

@@ -1,0 +1,172 @@
+"""Rounds: parts fail at random while everybody is at work, then everything has to be as it was acknowledged."""
+
+import asyncio
+import contextlib
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import httpx
+
+from tests.faults.actors import PATIENCE, Browser, Cast
+from tests.faults.check import examine
+from tests.faults.harm import FAULTS, Fault
+from tests.faults.ledger import Book
+from tests.faults.scene import Scene
+
+_A_WHILE = 12.0
+"""Seconds that a round is given to come out right before the next one begins; what is open then is looked at again."""
+
+
+@dataclass
+class Tally:
+    """What a campaign has done."""
+
+    rounds: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    callbacks: int = 0
+    """Acknowledged, HappyRobot's and our own."""
+    calls: int = 0
+    """Triggers and executions that were accepted."""
+    events: int = 0
+    """At browsers."""
+    streams: int = 0
+    webhooks: int = 0
+    slowest: float = 0.0
+    """Seconds until everything served again, at most."""
+    sizes: list[dict[str, tuple[int, int]]] = field(default_factory=list)
+    """After each round, of each process: bytes in memory, open files."""
+
+
+class Broken(Exception):
+    """A promise was not kept."""
+
+
+class Campaign:
+    """Rounds on one scene. Raises Broken as soon as something is wrong, or stays open for too long."""
+
+    def __init__(
+        self,
+        scene: Scene,
+        *,
+        say: Callable[[str], None] = lambda _: None,
+        back_within: float = 10,
+        closes_within: float = 240,
+    ) -> None:
+        """`back_within` is in how many seconds after the faults' end everything has to serve again; `closes_within` in
+        how many a round must have come out right, of which one is that somebody who was killed counts as gone."""
+        self.scene = scene
+        self.tally = Tally()
+        self._say = say
+        self._back_within, self._closes_within = back_within, closes_within
+        self._open: list[Cast] = []
+        self._stack = contextlib.AsyncExitStack()
+        self._began = time.monotonic()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for cast in self._open:
+            await cast.leave()
+        await self._stack.aclose()
+
+    async def round(self, plan: Sequence[tuple[float, Fault, float]], *, load: float = 1.0) -> None:
+        """One round: each fault begins after so many seconds and lasts for so many."""
+        scene, number = self.scene, self.tally.rounds
+        self.tally.rounds += 1
+        book = Book(number, [f"context-{number}-{letter}" for letter in "abcd"])
+        app, website, happyrobot, poller = [await self._stack.enter_async_context(self._client()) for _ in range(4)]
+        cast = Cast(scene, book, app, website, happyrobot, poller)
+        self._open.append(cast)
+        newest = await scene.newest_event()
+        for context_id, manner in zip(book.contexts, ("reads", "slow", "stalls", "leaves"), strict=True):
+            Browser(cast, {"context_id": context_id}, newest, manner).start()
+        Browser(cast, {}, newest, "leaves").start()
+        cast.repeat(cast.place_a_call, 3 * load)
+        cast.repeat(cast.execute_an_agent, 1.5 * load)
+        cast.repeat(cast.call_back, 12 * load)
+        cast.repeat(cast.look, 5 * load)
+        cast.repeat(cast.cancel, 0.2 * load)
+        await asyncio.gather(*(self._harm(book, *each) for each in plan))
+        ended = time.monotonic()
+        try:
+            back = await scene.until_well(self._back_within)
+        except TimeoutError as error:
+            about = f"round {number} ({'; '.join(book.faults)})"
+            raise Broken(f"{about}: not back within {self._back_within} s: {error}") from None
+        self.tally.slowest = max(self.tally.slowest, back)
+        await asyncio.sleep(scene.chance.uniform(0.3, 1.0))  # at work as before
+        await cast.stop()
+        book.ended = time.monotonic()
+        self._say(
+            f"round {number}: {'; '.join(book.faults)} ({ended - book.began:.1f} s, back after {back:.1f} s), "
+            f"{len(book.intents)} calls, {len(book.acknowledged)} callbacks acknowledged"
+        )
+        await self._close(book.ended + _A_WHILE)
+        self.tally.sizes.append({name: part.size() for name, part in scene.processes.items()})
+
+    def _client(self) -> httpx.AsyncClient:
+        # httpx looks through all connections at each request.
+        limits = httpx.Limits(max_connections=40, keepalive_expiry=2)
+        return httpx.AsyncClient(base_url=self.scene.front.url, timeout=PATIENCE, limits=limits)
+
+    async def finish(self) -> Tally:
+        """Waits until every round has come out right."""
+        while self._open:
+            await self._close(max(cast.book.ended for cast in self._open) + self._closes_within)
+        return self.tally
+
+    async def _harm(self, book: Book, after: float, fault: Fault, lasts: float) -> None:
+        await asyncio.sleep(after)
+        book.faults.append(fault.name)
+        self.tally.faults[fault.name] += 1
+        await fault.begin(self.scene)
+        await asyncio.sleep(lasts)
+        await fault.end(self.scene)
+
+    async def _close(self, deadline: float) -> None:
+        """Looks at the rounds that are open until they are right, or it is time to go on."""
+        while True:
+            for cast in list(self._open):
+                await self._look(cast)
+            if not self._open or time.monotonic() > deadline:
+                return
+            await asyncio.sleep(0.3)
+
+    async def _look(self, cast: Cast) -> None:
+        book = cast.book
+        found = await examine(cast)
+        about = f"round {book.number} ({'; '.join(book.faults)})"
+        if found.wrong:
+            raise Broken("\n  ".join([f"{about}:", *found.wrong]))
+        everybody = await cast.done(0)
+        if everybody and not found.open:
+            self._open.remove(cast)
+            await cast.leave()
+            self._count(cast)
+        elif time.monotonic() > book.ended + self._closes_within:
+            raise Broken("\n  ".join([f"{about} is open after {self._closes_within} s:", *found.open]))
+
+    def _count(self, cast: Cast) -> None:
+        book, tally = cast.book, self.tally
+        tally.answers += book.answers
+        tally.callbacks += len(book.acknowledged)
+        tally.calls += sum(intent.accepted for intent in book.intents)
+        tally.events += sum(len(browser.seen) for browser in cast.browsers)
+        tally.streams += sum(browser.streams for browser in cast.browsers)
+
+
+def drawn(scene: Scene, chance: random.Random) -> list[tuple[float, Fault, float]]:
+    """One to three faults of different parts, at random times."""
+    plan: list[tuple[float, Fault, float]] = []
+    possible = [fault for fault in FAULTS if fault.possible(scene)]
+    for _ in range(chance.choices([1, 2, 3], [4, 4, 2])[0]):
+        taken = {fault.on for _, fault, _ in plan}
+        fault = chance.choice([fault for fault in possible if fault.on not in taken])
+        plan.append((chance.uniform(0.3, 2.5), fault, chance.choice([0.2, 1.0, 2.0, 4.0]) * chance.uniform(0.5, 1.5)))
+    return plan

@@ -1,0 +1,269 @@
+"""Everything that takes part: servers, HappyRobot, Switchboard's processes, customers, and the wires between them."""
+
+import asyncio
+import contextlib
+import os
+import random
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import httpx
+from pydantic import SecretStr
+from pydantic_core import from_json
+from redis.asyncio import Redis
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from switchboard import database
+from switchboard.access import keys, webhooks
+from switchboard.embedded.servers import PORT
+from switchboard.happyrobot.simulator import Simulator
+from switchboard.migrate import migrate
+from switchboard.settings import Settings
+from switchboard.tables import KeyScope, WebhookEvent
+from tests.conftest import API_KEY, APP_SECRET, HOOK_KEY, serving
+from tests.faults.parts import FullDisk, Part, postgres, switchboard, valkey
+from tests.faults.process import CLOCK, HASTE, VARIANT
+from tests.faults.wires import Wire, wired
+from tests.receiver import Receiver, Request, receiving, reply
+
+RECONCILE_AFTER = 1.0
+TRIGGER_TIMEOUT = 2.0
+
+
+class _Noted(httpx.AsyncHTTPTransport):
+    """HappyRobot's way to us, which notes what we have said that we have taken."""
+
+    def __init__(self, acknowledged: set[tuple[str, str, str]]) -> None:
+        super().__init__(limits=httpx.Limits(max_connections=64, max_keepalive_connections=16))
+        self._acknowledged = acknowledged
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        answer = await super().handle_async_request(request)
+        body = from_json(request.content)
+        if answer.status_code == 200 and "event_type" in body:
+            at = datetime.fromisoformat(body["timestamp"]).isoformat(timespec="milliseconds")
+            self._acknowledged.add((body["run_id"], body["event_type"], at))
+        return answer
+
+
+@dataclass(eq=False)
+class Customer:
+    """Somebody with a key for the Public API, and a server that takes webhooks."""
+
+    name: str
+    key_id: Any
+    headers: dict[str, str]
+    receiver: Receiver
+    mood: str = "well"
+    """How its server answers: well, badly, never."""
+
+
+@dataclass(eq=False)
+class Scene:
+    chance: random.Random
+    folder: Path
+    simulator: Simulator
+    acknowledged: set[tuple[str, str, str]]
+    """Of HappyRobot's callbacks: run, event type and timestamp of those that we have answered 200."""
+    disk: FullDisk
+    postgres: Part
+    valkey: Part
+    processes: dict[str, Part]
+    to_postgres: Wire
+    to_valkey: Wire
+    to_happyrobot: Wire
+    front: Wire
+    """To any of the processes that serve."""
+    clock: Path
+    db: AsyncEngine
+    """Past all wires."""
+    customers: list[Customer] = field(default_factory=list)
+
+    @property
+    def serving(self) -> list[Part]:
+        return [part for part in self.processes.values() if part.name != "worker"]
+
+    def set_clock(self, ahead: float) -> None:
+        fresh = self.clock.with_suffix(".new")
+        fresh.write_text(str(ahead))
+        fresh.replace(self.clock)
+
+    async def connect(self) -> asyncpg.Connection:
+        """A connection past all wires."""
+        connection = await asyncpg.connect(host=str(self.disk.folder), port=PORT, user="postgres", database="postgres")
+        await connection.set_type_codec("json", encoder=str, decoder=from_json, schema="pg_catalog")
+        return connection
+
+    async def events_between(self, after: int, up_to: int) -> list[asyncpg.Record]:
+        connection = await self.connect()
+        try:
+            query = "SELECT * FROM run_events WHERE id > $1 AND id <= $2 ORDER BY id"
+            rows: list[asyncpg.Record] = await connection.fetch(query, after, up_to)
+        finally:
+            await connection.close()
+        return rows
+
+    async def newest_event(self) -> int:
+        connection = await self.connect()
+        try:
+            return await connection.fetchval("SELECT max(id) FROM run_events") or 0
+        finally:
+            await connection.close()
+
+    async def flush_valkey(self) -> None:
+        """Makes it forget everything."""
+        async with Redis.from_url(f"unix://{self.folder / 'valkey.sock'}") as redis:
+            await redis.flushall()
+
+    async def until_well(self, within: float) -> float:
+        """Waits until every process serves in full again; returns how many seconds that took.
+
+        One that was started again is given the time that it takes to start. Raises TimeoutError.
+        """
+        for part in (self.postgres, self.valkey, *self.processes.values()):
+            await part.until_ready()
+        began, what = time.monotonic(), ""
+        try:
+            async with asyncio.timeout(within):
+                for part in self.serving:
+                    async with httpx.AsyncClient(base_url=part.address, timeout=5) as http:
+                        while what := await _ailment(http):  # noqa: ASYNC110
+                            await asyncio.sleep(0.05)  # nobody tells
+        except TimeoutError:
+            raise TimeoutError(f"{part.name}: {what or 'no answer'}") from None
+        return time.monotonic() - began
+
+
+async def _ailment(http: httpx.AsyncClient) -> str:
+    """What keeps a process from being ready, or from taking what it has to take; nothing where it is well."""
+    try:
+        ready = await http.get("/readyz")
+        if ready.status_code != 200 or ready.json()["checks"]["redis"] != "ok":
+            return ready.text
+        body = {"run_id": f"nobody_{time.monotonic_ns()}", "event_type": "log"}
+        taken = await http.post("/api/webhooks/happyrobot", json=body, headers={"X-API-KEY": HOOK_KEY})
+        listed = await http.get("/api/happyrobot/runs?limit=1")
+    except httpx.TransportError as error:
+        return type(error).__name__
+    return "" if (taken.status_code, listed.status_code) == (404, 200) else f"{taken.text} {listed.text}"
+
+
+@contextlib.asynccontextmanager
+async def staged(
+    chance: random.Random, folder: Path, *, durable: bool = False, variant: str = "", haste: bool = False
+) -> AsyncIterator[Scene]:
+    """A scene with all parts up."""
+    async with contextlib.AsyncExitStack() as stack:
+        small = folder / "disk"
+        small.mkdir()
+        disk = FullDisk(small, 500)
+        stack.callback(disk.unmount)
+        its_postgres, postgres_path = await asyncio.to_thread(postgres, small, durable=durable)
+        its_valkey, valkey_path = valkey(folder)
+        await stack.enter_async_context(its_postgres)
+        await stack.enter_async_context(its_valkey)
+        to_postgres = await stack.enter_async_context(wired("PostgreSQL", postgres_path))
+        to_valkey = await stack.enter_async_context(wired("Valkey", valkey_path))
+        front = await stack.enter_async_context(wired("the front"))
+        url = f"postgresql://postgres@/postgres?host={small}"
+        await migrate(url)
+        db = database.connect(url)
+        stack.push_async_callback(db.dispose)
+
+        acknowledged: set[tuple[str, str, str]] = set()
+        simulator = Simulator(
+            hook_key=HOOK_KEY,
+            api_key=API_KEY,
+            pace=0.03,
+            backoff=(0.1, 0.4, 1.0, 3.0, 6.0),
+            transport=_Noted(acknowledged),
+        )
+        at, _ = await stack.enter_async_context(serving(lambda _: simulator.app))
+        to_happyrobot = await stack.enter_async_context(wired("HappyRobot", ("127.0.0.1", int(at.rpartition(":")[2]))))
+
+        clock = folder / "clock"
+        clock.write_text("0")
+        environment = {
+            **{
+                name: os.environ[name]
+                for name in ("PATH", "HOME", "PYTHONPATH", "COVERAGE_PROCESS_CONFIG")
+                if name in os.environ
+            },
+            "DATABASE_URL": f"postgresql://postgres@127.0.0.1:{to_postgres.port}/postgres",
+            "REDIS_URL": f"redis://127.0.0.1:{to_valkey.port}",
+            "HAPPYROBOT_WEBHOOK_URL": f"{to_happyrobot.url}/hooks/test",
+            "HAPPYROBOT_API_URL": f"{to_happyrobot.url}/api/v1",
+            "HAPPYROBOT_X_API_KEY": HOOK_KEY,
+            "HAPPYROBOT_API_KEY": API_KEY,
+            "HAPPYROBOT_API_PACE": "200",
+            "HAPPYROBOT_TRIGGER_TIMEOUT": str(TRIGGER_TIMEOUT),
+            "HAPPYROBOT_RESUME_HOSTS": "127.0.0.1",
+            "ALLOW_PRIVATE_WEBHOOKS": "true",
+            "RECONCILE_AFTER": str(RECONCILE_AFTER),
+            "APP_URL": front.url,
+            "APP_SECRET": APP_SECRET,
+            "LOG_LEVEL": "info",
+            CLOCK: str(clock),
+            VARIANT: variant,
+            HASTE: "1" if haste else "",
+        }
+        serve = ("serve", "--port", "0", "--no-migrate")
+        processes = {
+            "one": switchboard("one", folder, environment, *serve, "--no-worker"),
+            "other": switchboard("other", folder, environment, *serve, "--no-worker"),
+            "worker": switchboard("worker", folder, environment, "worker"),
+        }
+        scene = Scene(
+            chance,
+            folder,
+            simulator,
+            acknowledged,
+            disk,
+            its_postgres,
+            its_valkey,
+            processes,
+            to_postgres,
+            to_valkey,
+            to_happyrobot,
+            front,
+            clock,
+            db,
+        )
+        await asyncio.gather(*(stack.enter_async_context(part) for part in processes.values()))
+        pointing = asyncio.create_task(_point(scene))
+        stack.callback(pointing.cancel)
+        for name, mood in (("ada", "well"), ("ben", "badly"), ("cleo", "never")):
+            scene.customers.append(await stack.enter_async_context(_customer(scene, name, mood)))
+        await scene.until_well(60)
+        yield scene
+
+
+async def _point(scene: Scene) -> None:
+    """Leads the front to where the processes answer: at another port whenever one was started again."""
+    while True:
+        addresses = [part.address for part in scene.serving if part.address]
+        scene.front.targets = [("127.0.0.1", int(address.rpartition(":")[2])) for address in addresses]
+        await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def _customer(scene: Scene, name: str, mood: str) -> AsyncIterator[Customer]:
+    async def answer(request: Request, writer: asyncio.StreamWriter) -> None:
+        if customer.mood == "never":
+            await asyncio.Event().wait()
+        well = customer.mood == "well" or scene.chance.random() < 0.5
+        await reply(writer, 200 if well else 500)
+
+    async with receiving(answer) as receiver:
+        settings = Settings(_env_file=None, app_secret=SecretStr(APP_SECRET), allow_private_webhooks=True)
+        async with scene.db.begin() as conn:
+            made, secret = await keys.create(conn, name, [KeyScope.PUBLIC], burst=1_000_000)
+            await webhooks.point(conn, settings, made.id, receiver.url, tuple(WebhookEvent))
+        headers = {"Authorization": f"Bearer {secret.get_secret_value()}"}
+        customer = Customer(name, made.id, headers, receiver, mood)
+        yield customer

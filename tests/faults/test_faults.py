@@ -1,0 +1,76 @@
+"""The short form of the campaigns, and what they are worth: each way to break the service has to be noticed."""
+
+import random
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.faults.campaign import Broken, Campaign
+from tests.faults.harm import Fault, named
+from tests.faults.scene import Scene, staged
+from tests.faults.variants import VARIANTS
+
+Plan = Sequence[tuple[float, str, float]]
+"""Which faults begin after how many seconds, and how many they last."""
+
+SHORT: Sequence[Plan] = (
+    [(0.5, "one is killed", 0.3), (0.7, "the way to Valkey swallows everything", 1.5)],
+    [(0.5, "PostgreSQL crashes", 0.2), (0.8, "the way to the front breaks half-way", 0.5)],
+    [(0.4, "the way to PostgreSQL swallows everything", 2.0), (0.6, "worker is killed", 0.2)],
+    [(0.4, "the disk of PostgreSQL is full", 1.0), (0.5, "the clock is ahead", 1.0), (0.8, "Valkey is killed", 0.5)],
+    [(0.3, "the way to HappyRobot loses answers", 1.0), (0.6, "customers do not answer", 1.0)],
+)
+
+CAUGHT: dict[str, tuple[Plan, str]] = {
+    "copies count": ([(0.3, "the way to the front loses answers", 0.5)], "times"),
+    "answers first": (
+        [(0.5 + 0.4 * number, "the way to PostgreSQL breaks for a moment", 0.0) for number in range(5)],
+        "acknowledged, and is not there",
+    ),
+    "resumes late": ([(0.5, "the way to the front breaks for a moment", 1.0)], "misses"),
+    "calls again": ([(0.5, "the way to HappyRobot loses answers", 1.0)], "was called 2 times"),
+    "remembers webhooks": ([(1.0, "all that serve are killed", 0.1), (1.5, "worker is killed", 0.1)], "was not told"),
+    "goes back": ([(2.0, "Valkey is flushed", 0.1)], "was COMPLETED, then"),
+}
+"""What each variant has to be caught by, and in which words."""
+
+
+@pytest.fixture
+async def scene(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Scene]:
+    variant = getattr(request, "param", "")
+    async with staged(random.Random(1), tmp_path, variant=variant, haste=True) as scene:
+        yield scene
+
+
+def drawn_up(scene: Scene, plan: Plan) -> list[tuple[float, Fault, float]]:
+    """Without what this user may not do."""
+    return [(after, named(name), lasts) for after, name, lasts in plan if named(name).possible(scene)]
+
+
+async def test_nothing_is_lost_whatever_fails(scene: Scene):
+    # Other tests want the processors, too: how soon everything is back is measured by `make faults`.
+    async with Campaign(scene, back_within=60) as campaign:
+        for plan in SHORT:
+            await campaign.round(drawn_up(scene, plan))
+        # It settles what those have left that were killed.
+        await scene.processes["worker"].kill()
+        tally = await campaign.finish()
+    assert tally.faults.total() == sum(len(drawn_up(scene, plan)) for plan in SHORT)
+    assert tally.calls
+    assert tally.callbacks
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("scene", sorted(VARIANTS), indirect=True)
+async def test_a_service_that_breaks_a_promise_is_caught(scene: Scene, request: pytest.FixtureRequest):
+    plan, words = CAUGHT[request.node.callspec.params["scene"]]
+
+    async def three_rounds() -> None:
+        async with Campaign(scene, back_within=60, closes_within=30) as campaign:
+            for _ in range(3):
+                await campaign.round(drawn_up(scene, plan))
+            await campaign.finish()
+
+    with pytest.raises(Broken, match=words):
+        await three_rounds()

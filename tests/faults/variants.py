@@ -1,0 +1,128 @@
+"""Ways to break Switchboard that nobody would notice on a good day; a campaign has to notice each of them."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import httpx
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from switchboard import callbacks
+from switchboard.access import webhooks
+from switchboard.deliveries import outbox
+from switchboard.events import NewEvent
+from switchboard.happyrobot import client
+from switchboard.live import stream
+from switchboard.runs import appending, intake, settling, sorting
+from switchboard.runs.sorting import Recorded
+from switchboard.runs.status import Standing
+from switchboard.settings import Settings
+from switchboard.tables import RunStatus
+
+
+def _copies_count() -> None:
+    """Copies of a callback are no copies."""
+    genuine = callbacks.read_callback
+
+    def read_callback(body: Any, raw: bytes, webhook_id: str | None) -> NewEvent:
+        return replace(genuine(body, raw, webhook_id), dedupe_key=None)
+
+    callbacks.read_callback = read_callback
+
+
+def _answers_first() -> None:
+    """A callback is answered, and browsers are told, before its event is committed."""
+
+    async def append(self: intake.Intake, batch: Sequence[Any]) -> Sequence[Any]:
+        short = intake.plain([one.news for one in batch])
+        if not short:
+            return batch
+        line = self._line
+        await line._connect()
+        await line._driver.execute("BEGIN")
+        outcomes = await appending.append(line, list(short.values()), reconcile_after=self._reconcile_after)
+        done = {place: outcome for place, outcome in zip(short, outcomes, strict=True) if outcome is not None}
+        for place, outcome in done.items():
+            batch[place].answer(outcome)
+        self._announcer.announce([outcome.event for outcome in done.values() if isinstance(outcome, Recorded)])
+        await asyncio.sleep(0.02)
+        await line._driver.execute("COMMIT")
+        return [one for place, one in enumerate(batch) if place not in done]
+
+    intake.Intake._append = append  # type: ignore[method-assign]
+
+
+def _resumes_late() -> None:
+    """A stream that is resumed leaves one event out."""
+    genuine = stream._resumed_at
+
+    def resumed_at(text: str | None) -> tuple[int | None, bool]:
+        after, seen_end = genuine(text)
+        return (after + 1 if after else after), seen_end
+
+    stream._resumed_at = resumed_at
+
+
+def _calls_again() -> None:
+    """A trigger that was not answered is sent again."""
+    genuine = client.HappyRobot._trigger
+
+    async def trigger(self: client.HappyRobot, hook: Any, payload: dict[str, Any]) -> list[str]:
+        try:
+            return await genuine(self, hook, payload)
+        except client.Unknown as error:
+            raise client.NotSent(str(error)) from error
+
+    client.HappyRobot._trigger = trigger  # type: ignore[method-assign]
+
+
+def _remembers_webhooks() -> None:
+    """What customers are to be told is kept in memory until it is told."""
+    kept: set[asyncio.Task[None]] = set()
+
+    async def send(url: str, body: bytes, delivery_id: str, event: str) -> None:
+        async with httpx.AsyncClient() as http:
+            for pause in (1, 5, 15):
+                await asyncio.sleep(0.2)  # until it is committed
+                headers = {"webhook-id": delivery_id, "X-Webhook-Event": event}
+                try:
+                    await http.post(url, content=body, headers=headers)
+                except httpx.HTTPError:
+                    await asyncio.sleep(pause)
+                else:
+                    return
+
+    async def post(conn: AsyncConnection, reports: Sequence[outbox.Report]) -> list[Any]:
+        owned = [report for report in reports if report.execution.key_id is not None]
+        events = await webhooks.wanted(conn, {report.execution.key_id for report in owned})
+        ends = await outbox.ends_of(conn, {report.execution.id for report in owned})
+        for report in owned:
+            endpoint = await webhooks.endpoint_of(conn, Settings(), report.execution.key_id)
+            if endpoint is not None and report.event in events.get(report.execution.key_id, ()):
+                body = outbox._body(report, ends.get(report.execution.id, []))
+                task = asyncio.create_task(send(endpoint.url, body, str(outbox.uuid4()), report.event))
+                kept.add(task)
+                task.add_done_callback(kept.discard)
+        return []
+
+    settling.post = post
+
+
+def _goes_back() -> None:
+    """What HappyRobot says last counts, also of a run that is over."""
+
+    def advance(current: Standing, word: RunStatus | None) -> Standing:
+        return current if word is None else Standing(word)
+
+    sorting.advance = advance
+
+
+VARIANTS: dict[str, Callable[[], None]] = {
+    "copies count": _copies_count,
+    "answers first": _answers_first,
+    "resumes late": _resumes_late,
+    "calls again": _calls_again,
+    "remembers webhooks": _remembers_webhooks,
+    "goes back": _goes_back,
+}
