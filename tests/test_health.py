@@ -13,7 +13,7 @@ from switchboard import health
 from switchboard.happyrobot.client import HappyRobotError, Hook
 from switchboard.migrate import migrate
 from tests.conftest import Servers, Service, new_database, run_sql, running_service, settings_for, until
-from tests.relay import relayed
+from tests.wires import relayed
 
 NO_POSTGRES = "postgresql://somebody:secret@127.0.0.1:1/switchboard"
 NO_REDIS = "redis://somebody:secret@127.0.0.1:1/0"
@@ -117,14 +117,14 @@ async def test_on_a_wire_that_went_dead_it_answers_in_time_and_is_ready_when_it_
         running_service(settings_for(postgresql.url, redis.url, None)) as service,
     ):
         assert await asked(service) == (200, READY)
-        postgresql.cut()
-        redis.cut()
+        postgresql.lose()
+        redis.lose()
         for _ in range(2):
             async with asyncio.timeout(4):
                 status, said = await asked(service)
             assert (status, said["checks"]["postgresql"], said["checks"]["redis"]) == (503, "away", "away")
-        postgresql.heal()
-        redis.heal()
+        await postgresql.restore()
+        await redis.restore()
         await until(lambda: is_ready(service))
 
 

@@ -24,7 +24,7 @@ from switchboard import database
 from switchboard.tables import ExecutionStatus, executions, run_events
 from tests.conftest import APP_SECRET, HOOK_KEY, Servers, insert_run, until
 from tests.receiver import never, receiving
-from tests.relay import relayed
+from tests.wires import relayed
 
 IN_TIME = 10
 """Seconds after which a platform kills what has not left."""
@@ -216,7 +216,7 @@ async def test_servers_that_say_nothing_any_more_keep_nobody(
         assert (await http.post("/api/webhooks/happyrobot", json=body, headers=headers)).status_code == 200
         for name, relay in (("postgresql", postgresql), ("redis", redis)):
             if gone in (name, "both"):
-                relay.cut()
+                relay.lose()
         reader, writer = await under_way(process.address, json.dumps(body).encode())
         took = await process.leaves()
         await following
@@ -237,7 +237,7 @@ async def test_told_twice_it_leaves_as_well(servers: Servers, own_database: str,
     ):
         call = asyncio.create_task(http.post("/api/happyrobot/trigger", json={"context_id": context_id}))
         await hook.took(1)
-        postgresql.cut()
+        postgresql.lose()
         body = {"run_id": "r", "event_type": "log", "data": 1}
         late = asyncio.create_task(http.post("/api/webhooks/happyrobot", json=body, headers={"X-API-KEY": HOOK_KEY}))
         process.running.send_signal(signal.SIGINT)

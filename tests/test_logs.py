@@ -109,16 +109,6 @@ def test_in_development_a_line_can_be_read(configured: Lines):
     assert "\x1b" not in line
 
 
-def test_nobody_writes_into_another_line_or_moves_the_cursor(configured: Lines):
-    def work() -> None:
-        log.warning("job waits", subject="a\n\x1b[2Jb")
-        foreign.warning("one\x1b[2J %s", "two\nthree")
-
-    lines = configured(work)
-    assert len(lines) == 2
-    assert "\x1b" not in "".join(lines)
-
-
 def test_a_library_s_line_looks_like_ours(configured: Lines):
     line = only(configured(lambda: foreign.warning("%s of %d", "one", 2), **PRODUCTION))
     assert (line["event"], line["level"], line["logger"]) == ("one of 2", "warning", "somebody.else")

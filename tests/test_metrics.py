@@ -64,7 +64,7 @@ from tests.conftest import (
     until,
 )
 from tests.receiver import Receiver, receiving, statuses
-from tests.relay import Relay, relayed
+from tests.wires import Wire, relayed
 
 NOBODY = "127.0.0.1:1"
 Numbers = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -317,14 +317,17 @@ async def test_whether_postgresql_is_away_is_known_all_the_time(own_database: st
         running_service(settings_for(wire.url, servers.redis_url, None)) as service,
     ):
         for away in (False, True, False):
-            (wire.cut if away else wire.heal)()
+            if away:
+                wire.lose()
+            else:
+                await wire.restore()
             await until(lambda away=away: says(service.http, "switchboard_postgresql_away", away))  # type: ignore[misc]
 
 
 @pytest.fixture
 async def scraping(
     own_database: str, servers: Servers, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[tuple[Service, Relay]]:
+) -> AsyncIterator[tuple[Service, Wire]]:
     """A service that wants credentials, and the wire to its PostgreSQL."""
     monkeypatch.setattr(watch, "PATIENCE", 0.3)
     async with relayed(own_database) as wire:
@@ -337,12 +340,12 @@ async def statuses_of(service: Service, *credentials: dict[str, str]) -> list[in
     return [(await service.http.get("/metrics", headers=each)).status_code for each in credentials]
 
 
-async def lost(service: Service, wire: Relay) -> None:
-    wire.cut()
+async def lost(service: Service, wire: Wire) -> None:
+    wire.lose()
     await until(lambda: service.state["watch"].away)
 
 
-async def test_an_operator_who_was_let_in_is_let_in_while_postgresql_is_away(scraping: tuple[Service, Relay]):
+async def test_an_operator_who_was_let_in_is_let_in_while_postgresql_is_away(scraping: tuple[Service, Wire]):
     service, wire = scraping
     db = service.state["db"]
     (_, seen), (_, unseen), (_, app) = [
@@ -357,7 +360,7 @@ async def test_an_operator_who_was_let_in_is_let_in_while_postgresql_is_away(scr
     # And nowhere else.
     for path in ("/api/happyrobot/runs", "/api/happyrobot/deliveries"):
         assert (await service.http.get(path, headers=seen)).status_code == 503
-    wire.heal()
+    await wire.restore()
     await until(lambda: recognised(service, unseen))
 
 
@@ -366,7 +369,7 @@ async def recognised(service: Service, credential: dict[str, str]) -> bool:
 
 
 async def test_not_for_longer_than_ten_minutes_and_not_beyond_the_end_of_its_key(
-    scraping: tuple[Service, Relay], monkeypatch: pytest.MonkeyPatch
+    scraping: tuple[Service, Wire], monkeypatch: pytest.MonkeyPatch
 ):
     service, wire = scraping
     _, lasting = await new_key(service.state["db"], KeyScope.ADMIN)
@@ -387,7 +390,7 @@ async def test_not_for_longer_than_ten_minutes_and_not_beyond_the_end_of_its_key
     assert await statuses_of(service, lasting) == [503]
 
 
-async def test_a_key_that_was_revoked_is_forgotten_when_it_comes_again(scraping: tuple[Service, Relay]):
+async def test_a_key_that_was_revoked_is_forgotten_when_it_comes_again(scraping: tuple[Service, Wire]):
     service, wire = scraping
     key_id, credential = await new_key(service.state["db"], KeyScope.ADMIN)
     assert await statuses_of(service, credential) == [200]

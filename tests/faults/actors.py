@@ -41,6 +41,8 @@ class Cast:
     happyrobot: httpx.AsyncClient
     poller: httpx.AsyncClient
     browsers: list["Browser"] = field(default_factory=list)
+    waits_for: list[str] = field(default_factory=list)
+    """What was not there yet when it was last looked at."""
     _stopped: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 

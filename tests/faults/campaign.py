@@ -17,9 +17,6 @@ from tests.faults.harm import FAULTS, Fault
 from tests.faults.ledger import Book
 from tests.faults.scene import Scene
 
-_A_WHILE = 12.0
-"""Seconds that a round is given to come out right before the next one begins; what is open then is looked at again."""
-
 
 @dataclass
 class Tally:
@@ -55,14 +52,19 @@ class Campaign:
         *,
         say: Callable[[str], None] = lambda _: None,
         back_within: float = 10,
+        goes_on_after: float = 12,
         closes_within: float = 240,
     ) -> None:
-        """`back_within` is in how many seconds after the faults' end everything has to serve again; `closes_within` in
-        how many a round must have come out right, of which one is that somebody who was killed counts as gone."""
+        """All in seconds.
+
+        `back_within` so many after the faults' end everything has to serve again. `goes_on_after` so many the next
+        round begins, and what is open is looked at again; `closes_within` so many it must have come out right: somebody
+        who was killed counts as gone after a minute.
+        """
         self.scene = scene
         self.tally = Tally()
         self._say = say
-        self._back_within, self._closes_within = back_within, closes_within
+        self._back_within, self._goes_on_after, self._closes_within = back_within, goes_on_after, closes_within
         self._open: list[Cast] = []
         self._stack = contextlib.AsyncExitStack()
         self._began = time.monotonic()
@@ -107,7 +109,7 @@ class Campaign:
             f"round {number}: {'; '.join(book.faults)} ({ended - book.began:.1f} s, back after {back:.1f} s), "
             f"{len(book.intents)} calls, {len(book.acknowledged)} callbacks acknowledged"
         )
-        await self._close(book.ended + _A_WHILE)
+        await self._close(book.ended + self._goes_on_after)
         self.tally.sizes.append({name: part.size() for name, part in scene.processes.items()})
 
     def _client(self) -> httpx.AsyncClient:
@@ -134,7 +136,13 @@ class Campaign:
         while True:
             for cast in list(self._open):
                 await self._look(cast)
-            if not self._open or time.monotonic() > deadline:
+            if not self._open:
+                return
+            if time.monotonic() > deadline:
+                for cast in self._open:
+                    self._say(
+                        f"  round {cast.book.number} is open: {'; '.join(cast.waits_for[:3]) or 'a client waits'}"
+                    )
                 return
             await asyncio.sleep(0.3)
 
@@ -144,6 +152,7 @@ class Campaign:
         about = f"round {book.number} ({'; '.join(book.faults)})"
         if found.wrong:
             raise Broken("\n  ".join([f"{about}:", *found.wrong]))
+        cast.waits_for = found.open
         everybody = await cast.done(0)
         if everybody and not found.open:
             self._open.remove(cast)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tests.faults.parts import Part
 from tests.faults.scene import Scene
-from tests.faults.wires import Wire
+from tests.wires import Wire
 
 Deed = Callable[[Scene], Awaitable[None]]
 
@@ -181,8 +181,8 @@ FAULTS: tuple[Fault, ...] = (
     *_of_a_wire("the front", lambda scene: scene.front),
     Fault("the clock is ahead", "the clock", _clock(1), _clock_right),
     Fault("the clock is behind", "the clock", _clock(-1), _clock_right),
-    Fault("customers do not answer", "customers", _moods("never", "never", "never"), _moods("well", "badly", "never")),
-    Fault("customers answer badly", "customers", _moods("badly", "badly", "badly"), _moods("well", "badly", "never")),
+    Fault("customers do not answer", "customers", _moods("never", "never", "never"), _moods("well", "badly", "late")),
+    Fault("customers answer badly", "customers", _moods("badly", "badly", "badly"), _moods("well", "badly", "late")),
 )
 
 

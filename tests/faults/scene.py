@@ -28,8 +28,8 @@ from switchboard.tables import KeyScope, WebhookEvent
 from tests.conftest import API_KEY, APP_SECRET, HOOK_KEY, serving
 from tests.faults.parts import FullDisk, Part, postgres, switchboard, valkey
 from tests.faults.process import CLOCK, HASTE, VARIANT
-from tests.faults.wires import Wire, wired
 from tests.receiver import Receiver, Request, receiving, reply
+from tests.wires import Wire, wired
 
 RECONCILE_AFTER = 1.0
 TRIGGER_TIMEOUT = 2.0
@@ -60,7 +60,7 @@ class Customer:
     headers: dict[str, str]
     receiver: Receiver
     mood: str = "well"
-    """How its server answers: well, badly, never."""
+    """How its server answers: well, badly, late, never."""
 
 
 @dataclass(eq=False)
@@ -237,7 +237,7 @@ async def staged(
         await asyncio.gather(*(stack.enter_async_context(part) for part in processes.values()))
         pointing = asyncio.create_task(_point(scene))
         stack.callback(pointing.cancel)
-        for name, mood in (("ada", "well"), ("ben", "badly"), ("cleo", "never")):
+        for name, mood in (("ada", "well"), ("ben", "badly"), ("cleo", "late")):
             scene.customers.append(await stack.enter_async_context(_customer(scene, name, mood)))
         await scene.until_well(60)
         yield scene
@@ -256,7 +256,9 @@ async def _customer(scene: Scene, name: str, mood: str) -> AsyncIterator[Custome
     async def answer(request: Request, writer: asyncio.StreamWriter) -> None:
         if customer.mood == "never":
             await asyncio.Event().wait()
-        well = customer.mood == "well" or scene.chance.random() < 0.5
+        if customer.mood == "late":
+            await asyncio.sleep(scene.chance.uniform(0.2, 1.5))
+        well = customer.mood != "badly" or scene.chance.random() < 0.5
         await reply(writer, 200 if well else 500)
 
     async with receiving(answer) as receiver:

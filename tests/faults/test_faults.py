@@ -50,7 +50,7 @@ def drawn_up(scene: Scene, plan: Plan) -> list[tuple[float, Fault, float]]:
 
 async def test_nothing_is_lost_whatever_fails(scene: Scene):
     # Other tests want the processors, too: how soon everything is back is measured by `make faults`.
-    async with Campaign(scene, back_within=60) as campaign:
+    async with Campaign(scene, say=print, back_within=60, goes_on_after=0) as campaign:
         for plan in SHORT:
             await campaign.round(drawn_up(scene, plan))
         # It settles what those have left that were killed.
@@ -67,7 +67,7 @@ async def test_a_service_that_breaks_a_promise_is_caught(scene: Scene, request: 
     plan, words = CAUGHT[request.node.callspec.params["scene"]]
 
     async def three_rounds() -> None:
-        async with Campaign(scene, back_within=60, closes_within=30) as campaign:
+        async with Campaign(scene, say=print, back_within=60, closes_within=30) as campaign:
             for _ in range(3):
                 await campaign.round(drawn_up(scene, plan))
             await campaign.finish()

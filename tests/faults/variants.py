@@ -3,45 +3,52 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
+from uuid import uuid4
 
 import httpx
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from switchboard import callbacks
 from switchboard.access import webhooks
-from switchboard.deliveries import outbox
+from switchboard.deliveries.outbox import Report
 from switchboard.events import NewEvent
+from switchboard.executions import ends_of
 from switchboard.happyrobot import client
-from switchboard.live import stream
-from switchboard.runs import appending, intake, settling, sorting
+from switchboard.runs.appending import append, plain
+from switchboard.runs.intake import Intake
 from switchboard.runs.sorting import Recorded
 from switchboard.runs.status import Standing
 from switchboard.settings import Settings
 from switchboard.tables import RunStatus
 
 
+def _put(module: str, name: str, make: Callable[[Any], Any]) -> None:
+    """Puts what is made of a module's function in its place."""
+    found = import_module(f"switchboard.{module}")
+    setattr(found, name, make(getattr(found, name)))
+
+
 def _copies_count() -> None:
     """Copies of a callback are no copies."""
-    genuine = callbacks.read_callback
 
-    def read_callback(body: Any, raw: bytes, webhook_id: str | None) -> NewEvent:
-        return replace(genuine(body, raw, webhook_id), dedupe_key=None)
+    def without_a_key(genuine: Callable[..., NewEvent]) -> Callable[..., NewEvent]:
+        return lambda *arguments: replace(genuine(*arguments), dedupe_key=None)
 
-    callbacks.read_callback = read_callback
+    _put("callbacks", "read_callback", without_a_key)
 
 
 def _answers_first() -> None:
     """A callback is answered, and browsers are told, before its event is committed."""
 
-    async def append(self: intake.Intake, batch: Sequence[Any]) -> Sequence[Any]:
-        short = intake.plain([one.news for one in batch])
+    async def append_late(self: Intake, batch: Sequence[Any]) -> Sequence[Any]:
+        short = plain([one.news for one in batch])
         if not short:
             return batch
         line = self._line
         await line._connect()
         await line._driver.execute("BEGIN")
-        outcomes = await appending.append(line, list(short.values()), reconcile_after=self._reconcile_after)
+        outcomes = await append(line, list(short.values()), reconcile_after=self._reconcile_after)
         done = {place: outcome for place, outcome in zip(short, outcomes, strict=True) if outcome is not None}
         for place, outcome in done.items():
             batch[place].answer(outcome)
@@ -50,18 +57,20 @@ def _answers_first() -> None:
         await line._driver.execute("COMMIT")
         return [one for place, one in enumerate(batch) if place not in done]
 
-    intake.Intake._append = append  # type: ignore[method-assign]
+    Intake._append = append_late  # type: ignore[method-assign]
 
 
 def _resumes_late() -> None:
     """A stream that is resumed leaves one event out."""
-    genuine = stream._resumed_at
 
-    def resumed_at(text: str | None) -> tuple[int | None, bool]:
-        after, seen_end = genuine(text)
-        return (after + 1 if after else after), seen_end
+    def one_later(genuine: Callable[[str | None], tuple[int | None, bool]]) -> Any:
+        def resumed_at(text: str | None) -> tuple[int | None, bool]:
+            after, seen_end = genuine(text)
+            return (after + 1 if after else after), seen_end
 
-    stream._resumed_at = resumed_at
+        return resumed_at
+
+    _put("live.stream", "_resumed_at", one_later)
 
 
 def _calls_again() -> None:
@@ -80,6 +89,7 @@ def _calls_again() -> None:
 def _remembers_webhooks() -> None:
     """What customers are to be told is kept in memory until it is told."""
     kept: set[asyncio.Task[None]] = set()
+    body_of = import_module("switchboard.deliveries.outbox")._body
 
     async def send(url: str, body: bytes, delivery_id: str, event: str) -> None:
         async with httpx.AsyncClient() as http:
@@ -93,20 +103,20 @@ def _remembers_webhooks() -> None:
                 else:
                     return
 
-    async def post(conn: AsyncConnection, reports: Sequence[outbox.Report]) -> list[Any]:
+    async def post(conn: AsyncConnection, reports: Sequence[Report]) -> list[Any]:
         owned = [report for report in reports if report.execution.key_id is not None]
         events = await webhooks.wanted(conn, {report.execution.key_id for report in owned})
-        ends = await outbox.ends_of(conn, {report.execution.id for report in owned})
+        ends = await ends_of(conn, {report.execution.id for report in owned})
         for report in owned:
             endpoint = await webhooks.endpoint_of(conn, Settings(), report.execution.key_id)
             if endpoint is not None and report.event in events.get(report.execution.key_id, ()):
-                body = outbox._body(report, ends.get(report.execution.id, []))
-                task = asyncio.create_task(send(endpoint.url, body, str(outbox.uuid4()), report.event))
+                body = body_of(report, ends.get(report.execution.id, []))
+                task = asyncio.create_task(send(endpoint.url, body, str(uuid4()), report.event))
                 kept.add(task)
                 task.add_done_callback(kept.discard)
         return []
 
-    settling.post = post
+    _put("runs.settling", "post", lambda _: post)
 
 
 def _goes_back() -> None:
@@ -115,7 +125,7 @@ def _goes_back() -> None:
     def advance(current: Standing, word: RunStatus | None) -> Standing:
         return current if word is None else Standing(word)
 
-    sorting.advance = advance
+    _put("runs.sorting", "advance", lambda _: advance)
 
 
 VARIANTS: dict[str, Callable[[], None]] = {

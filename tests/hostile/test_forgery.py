@@ -116,7 +116,7 @@ WAYS: dict[str, Callable[[str], None]] = {
 
 @pytest.mark.parametrize("environment", FORMATS)
 @pytest.mark.parametrize("way", WAYS)
-@examples(60)
+@examples(20)
 @given(text=ODD)
 def test_whatever_is_logged_is_one_line(written: Written, way: str, environment: str, text: str):
     configure(environment)
@@ -126,7 +126,7 @@ def test_whatever_is_logged_is_one_line(written: Written, way: str, environment:
 
 
 @pytest.mark.parametrize("environment", FORMATS)
-@examples(60)
+@examples(20)
 @given(text=ODD)
 def test_an_exception_has_as_many_lines_as_it_has_places(written: Written, environment: str, text: str):
     configure(environment)
@@ -142,8 +142,9 @@ def test_an_exception_has_as_many_lines_as_it_has_places(written: Written, envir
 
 
 def forged(environment: str) -> list[str]:
-    """A line, behind everything that may end the one before it."""
-    return [f"x{end}{FORGED[environment]}{end}" for end in LINE_ENDS]
+    """A line, behind what ends the one before it somewhere."""
+    ends = ["\n", "\r\n", "\r", "\x85", "\u2028", "\x1b[1K\r"]
+    return [f"x{end}{FORGED[environment]}{end}" for end in ends]
 
 
 def heads(text: str) -> list[bytes]:
@@ -172,7 +173,7 @@ async def say(url: str, head: bytes) -> int:
 def happyrobot(environment: str) -> httpx.MockTransport:
     """HappyRobot, which names its runs as nobody should, and refuses everything else."""
     texts = forged(environment)
-    named = (f"{number}{text}" for number in itertools.count() for text in texts if "\x00" not in text)
+    named = (f"{number}{text}" for number in itertools.count() for text in texts)
 
     def answer(request: httpx.Request) -> httpx.Response:
         if b"callback_url" not in request.content:
@@ -236,5 +237,5 @@ async def say_in_bodies(service: Service, texts: list[str], customer: str) -> in
         await service.http.post(f"{PUBLIC}/agents/default/execute", json=body, headers=website)
     for approval in (await service.http.get("/api/happyrobot/approvals")).json():
         await service.http.post(f"/api/happyrobot/approvals/{approval['id']}/approve", json={"comment": texts[0]})
-    assert {answer.status_code for answer in answers} == {200, 202, 400, 404, 502}
+    assert {answer.status_code for answer in answers} == {200, 202, 404, 502}
     return len(answers)

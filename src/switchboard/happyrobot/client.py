@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import ssl
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -63,7 +64,7 @@ _CONNECT_TIMEOUT = 5.0
 _HOOK_HEADERS = {
     "User-Agent": _USER_AGENT,
     "Accept": "*/*",
-    "Accept-Encoding": "gzip, deflate",
+    "Accept-Encoding": "gzip",
     "Connection": "close",
 }
 _HOOK_TIMEOUTS = {"timeout": httpx.Timeout(None, connect=_CONNECT_TIMEOUT, pool=_CONNECT_TIMEOUT).as_dict()}
@@ -187,7 +188,7 @@ def _client(timeout: float | None, keep: int, transport: httpx.AsyncBaseTranspor
         verify=_certificates(),
         timeout=httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT, pool=_CONNECT_TIMEOUT),
         limits=httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=keep),
-        headers={"User-Agent": _USER_AGENT},
+        headers={"User-Agent": _USER_AGENT, "Accept-Encoding": "gzip"},
         cookies=no_cookies(),
     )
 
@@ -573,13 +574,31 @@ async def _send(
         answered(response.status_code)
         try:
             body = bytearray()
-            async for chunk in response.aiter_bytes():
+            async for chunk in response.aiter_raw():
                 body += chunk
                 if len(body) > _MAX_ANSWER:
                     raise _TooMuch("the answer is too large", request=request)
-            return response, bytes(body)
+            return response, _unpacked(bytes(body), response.headers.get("content-encoding"), request)
         finally:
             await response.aclose()
+
+
+def _unpacked(body: bytes, coding: str | None, request: httpx.Request) -> bytes:
+    """What a body holds, up to what may be read. Httpx would unpack all: gigabytes, of 500 bytes in two layers."""
+    if coding is None or not body:
+        return body
+    if coding.lower() != "gzip":
+        raise httpx.DecodingError("the answer is packed in a way that was not asked for", request=request)
+    unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        unpacked = unpacker.decompress(body, _MAX_ANSWER + 1)
+    except zlib.error as error:
+        raise httpx.DecodingError("the answer cannot be unpacked", request=request) from error
+    if len(unpacked) > _MAX_ANSWER:
+        raise _TooMuch("the answer is too large", request=request)
+    if not unpacker.eof:
+        raise httpx.DecodingError("the answer is cut off", request=request)
+    return unpacked
 
 
 async def reach(hook: Hook) -> None:

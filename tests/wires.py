@@ -7,6 +7,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 Target = tuple[str, int] | str
 """A host and port, or the path of a Unix socket."""
@@ -23,6 +24,8 @@ class _Connection:
     """Bytes that are still passed on towards the far end before it breaks."""
     mute: bool = False
     """Whether it breaks as soon as the far end answers."""
+    unheard: bool = False
+    """Whether an answer was swallowed, without which no other makes sense."""
     lost: bool = False
     """Whether it swallows everything, and nobody is told."""
 
@@ -44,6 +47,8 @@ class Wire:
     targets: list[Target] = field(default_factory=list)
     """Any of them; none is as if nobody listened."""
     port: int = 0
+    url: str = ""
+    """That of the part, by way of this."""
     delay: float = 0.0
     """Seconds that each piece takes longer, in each direction."""
     rate: float | None = None
@@ -56,17 +61,15 @@ class Wire:
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _flowing: asyncio.Event = field(default_factory=asyncio.Event)
     _swallowing: bool = False
+    _silent: bool = False
     _place: socket.socket | None = None
     _server: asyncio.Server | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     async def open(self) -> None:
         # A socket that is bound and does not listen keeps the port for us while the wire is refused.
         self._place = _bound(0)
         self.port = self._place.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         self._flowing.set()
         await self.restore()
 
@@ -95,11 +98,11 @@ class Wire:
         """The opposite of whatever was done to it."""
         self.delay, self.rate, self.left, self.mute = 0.0, None, None, False
         self._flowing.set()
-        if self._swallowing:
-            self._swallowing = False
-            for connection in list(self._open):
-                if connection.lost:
-                    connection.release()
+        self._swallowing = self._silent = False
+        for connection in list(self._open):
+            if connection.lost or connection.unheard:
+                connection.lost = True
+                connection.release()
         if self._server is None:
             assert self._place is not None
             listener = _bound(self.port)
@@ -112,8 +115,16 @@ class Wire:
     def lose(self) -> None:
         """What is sent is lost, also later on the connections of now: nobody is told, and nothing is answered."""
         self._swallowing = True
+        self.forget()
+
+    def forget(self) -> None:
+        """As `lose`, for the connections of now alone."""
         for connection in self._open:
             connection.lost = True
+
+    def silence(self) -> None:
+        """What is sent arrives, and what is answered is lost; nobody is told."""
+        self._silent = True
 
     def half_close(self, chance: random.Random) -> None:
         """Closes one direction of each connection."""
@@ -165,7 +176,8 @@ class Wire:
         try:
             while data := await reader.read(_CHUNK):
                 await self._travel(len(data))
-                if connection.lost:
+                connection.unheard |= self._silent and not upwards
+                if connection.lost or (connection.unheard and not upwards):
                     continue
                 if connection.mute and not upwards:
                     break
@@ -221,3 +233,22 @@ async def wired(name: str, *targets: Target) -> AsyncIterator[Wire]:
         yield wire
     finally:
         await wire.close()
+
+
+@contextlib.asynccontextmanager
+async def relayed(url: str) -> AsyncIterator[Wire]:
+    """A wire to the PostgreSQL or Valkey of this address, which may be a socket's."""
+    parts = urlsplit(url)
+    query = parse_qs(parts.query)
+    target: Target = (parts.hostname or "", parts.port or 0)
+    if parts.scheme == "unix":
+        target = parts.path
+    elif "host" in query:
+        target = f"{query['host'][0]}/.s.PGSQL.{query.get('port', ['5432'])[0]}"
+    async with wired(parts.scheme, target) as wire:
+        user = parts.netloc.rpartition("@")[0]
+        place = f"{user}@127.0.0.1:{wire.port}" if user else f"127.0.0.1:{wire.port}"
+        scheme = "redis" if parts.scheme == "unix" else parts.scheme
+        path = "" if parts.scheme == "unix" else parts.path
+        wire.url = urlunsplit((scheme, place, path, "", ""))
+        yield wire
