@@ -14,6 +14,7 @@ import uvloop
 
 from switchboard.settings import Settings
 from tests.faults.campaign import Broken, Campaign, Tally, drawn
+from tests.faults.harm import FAULTS
 from tests.faults.scene import staged
 from tests.faults.variants import VARIANTS
 
@@ -25,6 +26,8 @@ async def _campaign(seed: int, minutes: float, variant: str, folder: Path) -> Ta
         staged(random.Random(seed), folder, durable=True, variant=variant) as scene,
         Campaign(scene, say=_say) as campaign,
     ):
+        if impossible := [fault.name for fault in FAULTS if not fault.possible(scene)]:
+            _say(f"left out, as only root may: {', '.join(impossible)}")
         until = time.monotonic() + 60 * minutes
         while time.monotonic() < until:
             await campaign.round(drawn(scene, plans))
@@ -39,13 +42,14 @@ def _say(line: str) -> None:
 def _report(seed: int, tally: Tally) -> None:
     _say(f"seed {seed}: nothing lost in {tally.rounds} rounds with {tally.faults.total()} faults")
     _say(f"  acknowledged: {tally.callbacks} callbacks, {tally.calls} calls; {tally.events} events at browsers")
-    _say(f"  in {tally.streams} streams; back after {tally.slowest:.1f} s at most")
+    _say(f"  in {tally.streams} streams, {tally.webhooks} webhooks; back after {tally.slowest:.1f} s at most")
     for name, times in sorted(tally.faults.items()):
         _say(f"  {times:4} {name}")
     for name, times in sorted(tally.answers.items()):
         _say(f"  {times:6} {name}")
-    for place in (0, len(tally.sizes) // 2, -1):
-        _say(f"  sizes: { {name: (size >> 20, files) for name, (size, files) in tally.sizes[place].items()} }")
+    for name, sizes in tally.sizes.items():
+        some = [sizes[place] for place in (0, len(sizes) // 2, -1)]
+        _say(f"  {name}: {', then '.join(f'{size.memory >> 20} MB and {size.files} files' for size in some)}")
 
 
 def main() -> None:

@@ -15,7 +15,11 @@ from tests.faults.actors import PATIENCE, Browser, Cast
 from tests.faults.check import examine
 from tests.faults.harm import FAULTS, Fault
 from tests.faults.ledger import Book
+from tests.faults.parts import Size
 from tests.faults.scene import Scene
+
+_ROOM, _FILES = 100_000_000, 60
+"""Bytes and open files that a process may have more of than after its first round: pools and caches fill up."""
 
 
 @dataclass
@@ -35,8 +39,8 @@ class Tally:
     webhooks: int = 0
     slowest: float = 0.0
     """Seconds until everything served again, at most."""
-    sizes: list[dict[str, tuple[int, int]]] = field(default_factory=list)
-    """After each round, of each process: bytes in memory, open files."""
+    sizes: dict[str, list[Size]] = field(default_factory=dict)
+    """Of each process, whenever a round had come out right and nobody asked for anything."""
 
 
 class Broken(Exception):
@@ -110,7 +114,8 @@ class Campaign:
             f"{len(book.intents)} calls, {len(book.acknowledged)} callbacks acknowledged"
         )
         await self._close(book.ended + self._goes_on_after)
-        self.tally.sizes.append({name: part.size() for name, part in scene.processes.items()})
+        if not self._open:
+            self._measure()
 
     def _client(self) -> httpx.AsyncClient:
         # httpx looks through all connections at each request.
@@ -121,6 +126,8 @@ class Campaign:
         """Waits until every round has come out right."""
         while self._open:
             await self._close(max(cast.book.ended for cast in self._open) + self._closes_within)
+        self.tally.callbacks += len(self.scene.acknowledged)
+        self.tally.webhooks = sum(len(customer.receiver.requests) for customer in self.scene.customers)
         return self.tally
 
     async def _harm(self, book: Book, after: float, fault: Fault, lasts: float) -> None:
@@ -160,6 +167,16 @@ class Campaign:
             self._count(cast)
         elif time.monotonic() > book.ended + self._closes_within:
             raise Broken("\n  ".join([f"{about} is open after {self._closes_within} s:", *found.open]))
+
+    def _measure(self) -> None:
+        """Notes how large the processes are. Raises Broken for one that has grown since it was started."""
+        for name, part in self.scene.processes.items():
+            size = part.size()
+            sizes = self.tally.sizes.setdefault(name, [])
+            sizes.append(size)
+            first = next(each for each in sizes if each.pid == size.pid)
+            if size.memory > 1.5 * first.memory + _ROOM or size.files > first.files + _FILES:
+                raise Broken(f"after round {self.tally.rounds - 1} {name} has grown from {first} to {size}")
 
     def _count(self, cast: Cast) -> None:
         book, tally = cast.book, self.tally

@@ -226,9 +226,7 @@ _TOLD_AT_THE_END = {
 def _webhooks(cast: Cast, customer: Customer, facts: _Facts, found: Findings) -> None:
     """A customer was told of what became of each execution, however often under one id."""
     mine = {execution_id for execution_id, row in facts.executions.items() if row["key_id"] == customer.key_id}
-    told: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
-    for request in customer.receiver.requests:
-        told[request.json["executionId"], request.event].add(request.id)
+    told = customer.told()
     for (execution_id, event), ids in told.items():
         if execution_id in mine and len(ids) > 1:
             found.wrong.append(f"{customer.name} was told of {event} of execution {execution_id} under {len(ids)} ids")

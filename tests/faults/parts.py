@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, NamedTuple, Self
 
 import asyncpg
 import httpx
@@ -22,6 +22,16 @@ from switchboard.embedded.servers import PORT, Account, Programs
 
 _STARTS_WITHIN = 60.0
 """Seconds; no more than a bound on a hang."""
+
+
+class Size(NamedTuple):
+    """How large a process is."""
+
+    pid: int
+    memory: int
+    """Bytes that are resident."""
+    files: int
+    """Those that are open."""
 
 
 @dataclass
@@ -121,12 +131,9 @@ class Part:
     def want(self) -> None:
         self.wanted = True
 
-    def size(self) -> tuple[int, int]:
-        """Its resident memory in bytes, and how many files it has open."""
-        with contextlib.suppress(psutil.Error):
-            one = psutil.Process(self.pid)
-            return one.memory_info().rss, one.num_fds()
-        return 0, 0
+    def size(self) -> Size:
+        one = psutil.Process(self.pid)
+        return Size(one.pid, one.memory_info().rss, one.num_fds())
 
     async def _watch(self) -> None:
         while True:

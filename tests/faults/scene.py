@@ -5,7 +5,9 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import AsyncIterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -61,6 +63,16 @@ class Customer:
     receiver: Receiver
     mood: str = "well"
     """How its server answers: well, badly, late, never."""
+    _told: defaultdict[tuple[str, str], set[str]] = field(default_factory=lambda: defaultdict(set))
+    _looked_at: int = 0
+
+    def told(self) -> Mapping[tuple[str, str], AbstractSet[str]]:
+        """Under which ids it was told of which events, by execution and event."""
+        requests = self.receiver.requests
+        for request in requests[self._looked_at :]:
+            self._told[request.json["executionId"], request.event].add(request.id)
+        self._looked_at = len(requests)
+        return self._told
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 from urllib.parse import quote
 from urllib.request import getproxies
 
@@ -574,7 +574,7 @@ async def _send(
         answered(response.status_code)
         try:
             body = bytearray()
-            async for chunk in response.aiter_raw():
+            async for chunk in cast("httpx.AsyncByteStream", response.stream):  # as it came
                 body += chunk
                 if len(body) > _MAX_ANSWER:
                     raise _TooMuch("the answer is too large", request=request)
