@@ -243,7 +243,7 @@ def replayed(after: int, *, sight: Sight = EVERYTHING, **scope: str) -> Any:
 def listed(sight: Sight, **wanted: Any) -> Any:
     async def read(service: Service) -> None:
         async with service.state["db"].connect() as conn:
-            rows = await list_runs(conn, Filter(**wanted), sight, limit=201, cursor=None)
+            rows = (await list_runs(conn, Filter(**wanted), sight, limit=200, cursor=None)).runs
             assert await metadata_of(conn, rows)
 
     return read

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import secrets
 from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
@@ -12,6 +13,7 @@ import respx
 from sqlalchemy import text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from switchboard import events
 from switchboard.runs import queries
 from switchboard.tables import agent_runs, run_events
 from tests.conftest import Servers, Service, Upstream, insert_run, rows_of, running_service, settings_for
@@ -87,6 +89,38 @@ async def test_a_page_that_is_just_full_has_no_next_one(service: Service, db: As
     answer = await service.http.get(RUNS, params={"context_id": context_id, "limit": 2})
     assert len(answer.json()) == 2
     assert "link" not in answer.headers
+
+
+async def test_a_page_ends_where_it_gets_heavy(
+    service: Service, db: AsyncEngine, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(queries, "_RESULT_BYTES", 3_000)
+    run_ids = [await insert_run(db, context_id) for _ in range(5)]
+    for run_id, size in zip(run_ids, (10_000, 10, 1_400, 1_400, 1_400), strict=True):
+        await service.callback(run_id, "completed", {"said": secrets.token_hex(size // 2)})  # does not get smaller
+    pages: list[list[str]] = []
+    url: str | None = f"{RUNS}?context_id={context_id}"
+    while url:
+        answer = await service.http.get(url)
+        pages.append([run["runId"] for run in answer.json()])
+        link = answer.headers.get("link")
+        url = link and link[1 : link.index(">")]
+    assert pages == [run_ids[4:1:-1], run_ids[1::-1]]
+
+
+async def test_a_timeline_ends_where_it_gets_heavy(service: Service, run_id: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(events, "_HEAVY", 1_000)
+    sizes = [10_000, 10, 600, 600, 600]
+    for size in sizes:
+        await service.callback(run_id, "log", "x" * 10 if size == 10 else secrets.token_hex(size // 2))
+    pages: list[list[int]] = []
+    url: str | None = f"{RUNS}/{run_id}/events"
+    while url:
+        answer = await service.http.get(url)
+        pages.append([len(event["data"]) for event in answer.json()])
+        link = answer.headers.get("link")
+        url = link and link[1 : link.index(">")]
+    assert pages == [[10_000], [10, 600, 600], [600]]
 
 
 async def test_the_list_can_be_narrowed(service: Service, db: AsyncEngine, context_id: str):

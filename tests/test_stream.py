@@ -15,7 +15,7 @@ from redis.asyncio.client import PubSub
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from switchboard import database
+from switchboard import database, events
 from switchboard.events import Event, NewEvent, Scope, read_events
 from switchboard.live import followers, messages
 from switchboard.live import hub as hubs
@@ -210,6 +210,26 @@ async def test_zero_replays_everything(service: Service, run_id: str, context_id
         await service.callback(run_id, "log", number)
     async with service.stream(context_id=context_id, last_event_id="0") as stream:
         assert [event["data"] for event in await take(stream, 5)] == list(range(5))
+
+
+async def test_what_is_heavy_is_replayed_in_portions(
+    service: Service, run_id: str, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(events, "_HEAVY", 1_000)
+    read: list[int] = []
+    genuine = events.read_events
+
+    async def counting(*arguments: Any, **named: Any) -> events.Page:
+        page = await genuine(*arguments, **named)
+        read.append(len(page.events))
+        return page
+
+    monkeypatch.setattr(streams, "read_events", counting)
+    for _ in range(7):
+        await service.callback(run_id, "log", "x" * 600)
+    async with service.stream(context_id=context_id, last_event_id="0") as stream:
+        assert len(await take(stream, 7)) == 7
+    assert read == [2, 2, 2, 1]
 
 
 async def test_the_stream_of_a_run_ends_with_it_and_tells_a_browser_to_stay_away(service: Service, run_id: str):

@@ -8,10 +8,11 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
 from pydantic_core import from_json, to_json
-from sqlalchemy import Row, Select, func, select
+from sqlalchemy import Row, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.jobs import Job
+from switchboard.portions import until_heavy
 from switchboard.sight import Sight
 from switchboard.tables import RunStatus, run_events
 
@@ -194,18 +195,6 @@ async def read_events(conn: AsyncConnection, scope: Scope, *, after: int, limit:
     query = scope.sight.narrow(query, run_events.c.context_id, run_events.c.workflow_id)
     if up_to is not None:
         query = query.where(run_events.c.id <= up_to)
-    rows = (await conn.execute(_while_light(query))).all()
+    rows = (await conn.execute(until_heavy(query, "data", _HEAVY, lambda column: [column.id]))).all()
     kept = rows[:limit]
     return Page([Event.of(row) for row in kept], more=bool(rows) and rows[0].there > len(kept))
-
-
-def _while_light(query: Select[Any]) -> Select[Any]:
-    """The first rows of a query for events, until they are heavy, and `there`: how many it has.
-
-    What an event weighs stands beside it; nothing that is not wanted is read.
-    """
-    found = query.subquery("found")
-    size = func.coalesce(func.pg_column_size(found.c.data), 0)
-    before = (func.sum(size).over(order_by=found.c.id) - size).label("before")
-    weighed = select(found, before, func.count().over().label("there")).subquery("weighed")
-    return select(weighed).where(weighed.c.before < _HEAVY).order_by(weighed.c.id)

@@ -232,7 +232,7 @@ async def attack(house: House, what: str) -> None:
         async with house.client() as client:
             await ATTACKS[what](client)
 
-    await asyncio.gather(*(one() for _ in range(3 if "flood" in what else MANY)))
+    await asyncio.gather(*(one() for _ in range(2 if "flood" in what else MANY)))
 
 
 @pytest.mark.parametrize("what", ATTACKS)
@@ -393,7 +393,7 @@ QUERIES = [
     *("+", ";", "access_token=" + "x." * 5_000, "access_token=eyJhbGciOiJub25lIn0.e30.", "hours=1e9", "status=0"),
     *("after=9999999999999999999", "up_to=" + "9" * 19, "run_id=%00", "run_id="),
 ]
-LISTS = [RUNS, "/api/happyrobot/status", "/api/happyrobot/stats", "/api/happyrobot/approvals", f"{RUNS}/x/events"]
+LISTS = [RUNS, "/api/happyrobot/approvals", f"{RUNS}/x/events"]
 
 
 async def test_no_path_leads_anywhere_else(house: House):

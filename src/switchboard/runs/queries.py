@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
 from sqlalchemy import (
@@ -33,6 +33,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.errors import BadRequest, NotFound
 from switchboard.happyrobot.addresses import platform_url
+from switchboard.portions import until_heavy
 from switchboard.settings import Settings
 from switchboard.sight import Sight
 from switchboard.tables import RunStatus, agent_runs, run_events, workflows
@@ -44,6 +45,9 @@ MAX_LOGS = 1000
 _LOGS_IN_A_LIST = 20_000
 _LOG_BYTES = 16_000_000
 """Logs in one answer, all its runs together, and their size."""
+
+_RESULT_BYTES = 16_000_000
+"""What else is stored with the runs of one answer, after which it ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,21 +171,36 @@ def found(run: Row[Any] | None) -> Row[Any]:
     return run
 
 
-_LIST = _RUNS.order_by(desc(agent_runs.c.created_at), desc(agent_runs.c.id)).limit(bindparam("most", type_=Integer))
+class Page(NamedTuple):
+    """Some runs, newest first, without their logs."""
+
+    runs: Sequence[Row[Any]]
+    more: bool
+    """Whether there are others behind them."""
 
 
-async def list_runs(
-    conn: AsyncConnection, wanted: Filter, sight: Sight, *, limit: int, cursor: Cursor | None
-) -> Sequence[Row[Any]]:
-    """Runs that are to be seen, newest first, after the cursor; without their logs."""
+_LIST = _RUNS.order_by(desc(agent_runs.c.created_at), desc(agent_runs.c.id)).limit(bindparam("one_more", type_=Integer))
+
+
+_heavy = bindparam("heavy", type_=BigInteger)
+
+
+@lru_cache(maxsize=100)
+def _list(*names: str) -> Select[Any]:
+    return until_heavy(where(_LIST, *names), "stored", _heavy, lambda c: (desc(c.created_at), desc(c.id)))
+
+
+async def list_runs(conn: AsyncConnection, wanted: Filter, sight: Sight, *, limit: int, cursor: Cursor | None) -> Page:
+    """Runs that are to be seen, after the cursor: so many at most, and fewer where their results are heavy."""
     parameters = seen(wanted, sight)
     if cursor is not None:
         parameters["before"] = cursor.created_at
-    query = _kept(_LIST, *parameters)
+    query = _list(*parameters)
     if cursor is not None:
         parameters["before_id"] = cursor.id
-    runs: Sequence[Row[Any]] = (await conn.execute(query, parameters | {"most": limit})).all()
-    return runs
+    rows = (await conn.execute(query, parameters | {"one_more": limit + 1, "heavy": _RESULT_BYTES})).all()
+    runs = rows[:limit]
+    return Page(runs, more=bool(rows) and rows[0].there > len(runs))
 
 
 _wanted = func.unnest(bindparam("run_ids", type_=ARRAY(String))).table_valued("run_id").render_derived("wanted")

@@ -168,12 +168,12 @@ async def runs(request: Request) -> Response:
     cursor = Cursor.decode(asked.cursor) if asked.cursor is not None else None
     settings: Settings = request.state.settings
     async with singly(request.state.db).connect() as conn:
-        rows = await list_runs(conn, wanted, caller.sight, limit=asked.limit + 1, cursor=cursor)
-        page = rows[: asked.limit]
-        metadata = await metadata_of(conn, page)
-    response = as_json([_run_out(settings, run, metadata[run.run_id]) for run in page])
-    if len(rows) > asked.limit:
-        link_next(request, response, cursor=Cursor(page[-1].created_at, page[-1].id).encode())
+        page = await list_runs(conn, wanted, caller.sight, limit=asked.limit, cursor=cursor)
+        metadata = await metadata_of(conn, page.runs)
+    response = as_json([_run_out(settings, run, metadata[run.run_id]) for run in page.runs])
+    if page.more:
+        last = page.runs[-1]
+        link_next(request, response, cursor=Cursor(last.created_at, last.id).encode())
     return response
 
 
