@@ -20,7 +20,7 @@ from tests.conftest import HOOK_KEY
 from tests.faults.ledger import FINAL, Book, Intent, Seen
 from tests.faults.scene import Scene
 
-_PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Everything here is plain HTTP; to read the usual certificates for each stream would take longer than all else."""
 
 PATIENCE = 15.0
@@ -83,6 +83,8 @@ class Cast:
         for task in (*self._tasks, *(browser.task for browser in self.browsers if browser.task)):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for client in (self.app, self.website, self.happyrobot, self.poller):
+            await client.aclose()
 
     # What they want
 
@@ -306,7 +308,7 @@ class Browser:
         while not self.ended:
             try:
                 async with httpx.AsyncClient(
-                    base_url=self.cast.scene.front.url, timeout=httpx.Timeout(5, read=20), verify=_PLAIN
+                    base_url=self.cast.scene.front.url, timeout=httpx.Timeout(5, read=20), verify=PLAIN
                 ) as http:
                     await self._read(http)
             except (httpx.HTTPError, SSEError, AttributeError):
