@@ -27,7 +27,7 @@ import pytest
 import uvicorn
 from httpx_sse import aconnect_sse
 from playwright.async_api import Browser, Page, async_playwright
-from sqlalchemy import Table, func, select, text
+from sqlalchemy import Connection, Table, event, func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -36,6 +36,7 @@ from switchboard.access import keys, seats
 from switchboard.app import create_app
 from switchboard.embedded.folder import KEEPER_LOCK, poll
 from switchboard.embedded.lease import _kept
+from switchboard.errors import PostgresAway
 from switchboard.happyrobot.simulator import Simulator
 from switchboard.live.hub import Hub
 from switchboard.migrate import migrate
@@ -396,6 +397,24 @@ async def new_key(db: AsyncEngine, *scopes: KeyScope, **more: Any) -> tuple[UUID
 
 def bearer(credential: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {credential}"}
+
+
+@contextlib.contextmanager
+def unheard(engine: AsyncEngine) -> Iterator[None]:
+    """Commits the next transaction, and breaks the connection before anybody hears of it."""
+    left = 1
+
+    def commit(conn: Connection) -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            conn.connection.commit()
+            raise PostgresAway("no answer")
+
+    event.listen(engine.sync_engine, "commit", commit)
+    yield
+    event.remove(engine.sync_engine, "commit", commit)
+    assert not left, "nothing was committed"
 
 
 async def rows_of(db: AsyncEngine, table: Table, run_id: str) -> int:

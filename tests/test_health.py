@@ -52,8 +52,8 @@ async def test_monitors_may_ask_without_wanting_the_answer(service: Service, pat
     assert head.headers["content-length"] == whole.headers["content-length"]
 
 
-async def test_a_service_that_has_everything_is_ready(service: Service):
-    assert await asked(service) == (200, READY)
+async def test_a_service_that_has_everything_is_ready(database_url: str, servers: Servers):
+    assert await told(database_url, servers.redis_url) == (200, READY)
 
 
 async def test_a_service_whose_connections_are_all_in_use_is_busy_and_ready(database_url: str, servers: Servers):

@@ -31,7 +31,7 @@ from switchboard.runs.queued import Launcher, accept
 from switchboard.runs.sorting import NewRuns, Unconfirmed
 from switchboard.runs.sweep import sweep
 from switchboard.runs.trigger import STOPPED, TriggerIn, place, start
-from switchboard.tables import ExecutionStatus, RunStatus, executions, run_events
+from switchboard.tables import ExecutionStatus, RunStatus, api_key_usage, executions, run_events
 from switchboard.workflows import Workflow
 from tests.conftest import (
     API_KEY,
@@ -40,10 +40,12 @@ from tests.conftest import (
     Servers,
     Service,
     Upstream,
+    new_key,
     rows_of,
     running_service,
     serving,
     settings_for,
+    unheard,
     until,
 )
 
@@ -572,6 +574,28 @@ async def test_a_second_attempt_that_is_cut_off_may_have_been_heard(
         placing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await placing
+
+
+async def test_what_was_stored_though_nobody_heard_of_it_is_taken_back_and_called_when_it_is_asked_for_again(
+    service: Service, db: AsyncEngine, upstream: Upstream, context_id: str
+):
+    """PostgreSQL goes away between a commit and its answer: nobody was called."""
+    key_id, headers = await new_key(db, monthly_limit=1)
+    body = {"context_id": context_id, "simulate": {"faults": "silent"}}
+    headers |= {"Idempotency-Key": context_id}
+    with unheard(service.state["db"]):
+        answer = await service.http.post(URL, json=body, headers=headers)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+    async def is_called() -> bool:
+        return (await service.http.post(URL, json=body, headers=headers)).status_code == 200
+
+    # Until it is taken back, it is in progress for all that others know.
+    await until(is_called)
+    calls = [call.payload for call in upstream.simulator.calls if call.payload is not None]
+    assert sum(payload["context_id"] == context_id for payload in calls) == 1
+    async with db.connect() as conn:
+        assert await conn.scalar(select(api_key_usage.c.executions).where(api_key_usage.c.key_id == key_id)) == 1
 
 
 async def test_a_service_that_stops_while_it_writes_down_what_was_started_says_so(

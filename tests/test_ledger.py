@@ -98,8 +98,8 @@ async def test_what_postgresql_does_not_take_harms_nobody_else(
 
 async def test_everybody_is_told_that_postgresql_is_away(own_settings: Settings, context_id: str):
     nowhere = database.connect("postgresql://127.0.0.1:1/none")
-    book = Ledger(Line(nowhere), own_settings)
-    told = await asyncio.gather(*(book.enter(new(context_id), "") for _ in range(3)), return_exceptions=True)
+    async with Ledger(Line(nowhere), own_settings).running() as book:
+        told = await asyncio.gather(*(book.enter(new(context_id), "") for _ in range(3)), return_exceptions=True)
     assert [type(error) for error in told] == [PostgresAway] * 3
     await nowhere.dispose()
 
@@ -168,7 +168,34 @@ async def test_what_was_written_for_whoever_has_gone_meanwhile_is_taken_back(
     await asyncio.wait({waiting[0]})
     counting.go_on.set()
     assert await waiting[1]
-    await until(lambda: book._writing is None)
+    await until(lambda: not book._unplaced)
+    assert len(await written(db, context_id)) == 1
+
+
+async def test_what_is_stored_though_nobody_heard_of_it_is_taken_back(
+    db: AsyncEngine, own_settings: Settings, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    """PostgreSQL goes away between a commit and its answer; whoever asked is told to come back."""
+    away = 2
+
+    class Unheard(Line):
+        async def fetch(self, query: str, *arguments: Any) -> Sequence[Any]:
+            nonlocal away
+            rows = await super().fetch(query, *arguments) if away != 1 else []
+            if away:
+                away -= 1
+                raise PostgresAway("no answer")
+            return rows
+
+    monkeypatch.setattr(ledger, "_AGAIN_AFTER", 0.01)
+    line = Unheard(db)
+    async with Ledger(line, own_settings).running() as book:
+        with pytest.raises(PostgresAway):
+            await book.enter(new(context_id), "")
+        assert len(await written(db, context_id)) == 1
+        await until(lambda: not book._unplaced)
+        assert await book.enter(new(context_id), "")
+    await line.hang_up()
     assert len(await written(db, context_id)) == 1
 
 

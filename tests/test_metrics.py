@@ -355,8 +355,12 @@ async def test_an_operator_who_was_let_in_is_let_in_while_postgresql_is_away(scr
     assert await statuses_of(service, seen, app, wrong) == [200, 403, 401]
     await lost(service, wire)
     assert await statuses_of(service, seen, unseen, app, wrong, {}) == [200, 503, 503, 503, 401]
-    page = (await service.http.get("/metrics", headers=seen)).text
-    assert total(read(page), "switchboard_postgresql_away") == 1
+
+    async def it_says_so() -> bool:
+        page = (await service.http.get("/metrics", headers=seen)).text
+        return total(read(page), "switchboard_postgresql_away") == 1
+
+    await until(it_says_so)  # of the process, in which other tests' services run, too
     # And nowhere else.
     for path in ("/api/happyrobot/runs", "/api/happyrobot/deliveries"):
         assert (await service.http.get(path, headers=seen)).status_code == 503

@@ -44,6 +44,7 @@ from tests.conftest import (
     running_service,
     serving,
     settings_for,
+    unheard,
     until,
 )
 from tests.website import Website, new_website
@@ -599,6 +600,25 @@ async def test_a_job_that_comes_up_twice_places_one_call(own_database: str, serv
             await second.start(execution_id)
             assert (await website.status(execution_id))["status"] == "running"
     assert asked == 1
+
+
+async def test_a_call_whose_worker_did_not_hear_that_it_was_its_own_is_placed_all_the_same(
+    own_database: str, servers: Servers
+):
+    """PostgreSQL goes away between a commit and its answer: nobody was called."""
+    simulator = Simulator(hook_key=HOOK_KEY, api_key=API_KEY, pace=0.002)
+    async with serving(lambda _: simulator.app) as (upstream, _):
+        settings = settings_for(own_database, servers.redis_url, upstream)
+        async with running_service(settings) as service:
+            state = service.state
+            website = await new_website(service, state["db"])
+            execution_id = await website.execute()
+            launcher = Launcher(settings, state["db"], state["happyrobot"], state["intake"])
+            with unheard(state["db"]), pytest.raises(PostgresAway):
+                await launcher.start(execution_id)
+            assert simulator.calls == []
+            await launcher.start(execution_id)
+    assert len(simulator.calls) == 1
 
 
 async def test_runs_are_recorded_however_long_postgresql_is_away(

@@ -14,7 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from switchboard import database, jobs, metrics, watch, worker
+from switchboard import database, jobs, watch, worker
 from switchboard.database import dsn
 from switchboard.errors import PostgresAway
 from switchboard.jobs import CHECK, Job
@@ -70,11 +70,6 @@ async def takes_callbacks(service: Service, run_id: str) -> bool:
     return (await service.callback(run_id, "log", "again")).status_code == 200
 
 
-def away() -> bool:
-    """What this process's page would say."""
-    return b"switchboard_postgresql_away 1.0" in metrics.rendered()
-
-
 async def test_on_a_dead_wire_everybody_is_soon_told_to_come_back(service: Service, own_db: AsyncEngine, wire: Wire):
     run_id = await insert_run(own_db, "c")
     assert await takes_callbacks(service, run_id)
@@ -91,10 +86,10 @@ async def test_on_a_dead_wire_everybody_is_soon_told_to_come_back(service: Servi
     async with asyncio.timeout(LONG_BEFORE):
         answers = await asyncio.gather(*asked)
     assert {(answer.status_code, answer.headers["retry-after"]) for answer in answers} == {(503, "1")}
-    assert away()
+    assert service.state["watch"].away
     await wire.restore()
     await until(lambda: takes_callbacks(service, run_id), within=30)
-    assert not away()
+    assert not service.state["watch"].away
 
 
 async def test_while_it_is_away_nobody_tries_to_connect(service: Service, wire: Wire):

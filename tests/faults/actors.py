@@ -170,7 +170,8 @@ class Cast:
             if answer.status_code == 200:
                 intent.decision = verdict
                 return
-            self.book.complain(f"a decision was answered {answer.status_code}: {answer.text}")
+            said = f"{verdict} of execution {intent.execution_id}"
+            self.book.complain(f"{said} was answered {answer.status_code}: {answer.text}")
             return
 
     async def _asking(

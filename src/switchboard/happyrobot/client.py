@@ -585,9 +585,10 @@ async def _send(
 
 def _unpacked(body: bytes, coding: str | None, request: httpx.Request) -> bytes:
     """What a body holds, up to what may be read. Httpx would unpack all: gigabytes, of 500 bytes in two layers."""
-    if coding is None or not body:
+    coding = (coding or "").strip().lower()
+    if coding in ("", "identity") or not body:
         return body
-    if coding.lower() != "gzip":
+    if coding != "gzip":
         raise httpx.DecodingError("the answer is packed in a way that was not asked for", request=request)
     unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS)
     try:

@@ -45,7 +45,23 @@ FROM unnest($1::uuid[], $2::varchar[], $3::varchar[], $4::varchar[], $5::text[],
     AS entry (id, workflow_id, context_id, name, description, input, owner)
 """
 
-_FORGET = "DELETE FROM executions WHERE id = ANY ($1::uuid[])"
+# Taken back whole: it does not count for its key either.
+_FORGET = """
+WITH gone AS (
+    DELETE FROM executions WHERE id = ANY ($1::uuid[]) AND status = 'pending' RETURNING key_id, created_at
+), counted AS (
+    SELECT key_id, date_trunc('month', created_at AT TIME ZONE 'UTC')::date AS month, count(*) AS executions
+    FROM gone WHERE key_id IS NOT NULL GROUP BY 1, 2
+)
+UPDATE api_key_usage SET executions = api_key_usage.executions - counted.executions
+FROM counted WHERE api_key_usage.key_id = counted.key_id AND api_key_usage.month = counted.month
+"""
+
+_AGAIN_AFTER = 1.0
+"""Seconds between attempts to take something back while PostgreSQL is away."""
+
+_MOST_UNPLACED = 10_000
+"""Executions that wait for that; what is beyond is settled by the sweep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +109,9 @@ class Ledger:
         self._waiting_bytes = 0
         self._closed = False
         self._writing: asyncio.Task[None] | None = None
+        self._line_is_free = asyncio.Lock()
+        self._unplaced: set[UUID] = set()
+        self._taking_back: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
 
     async def enter(self, execution: NewExecution, owner: str) -> bool:
@@ -114,6 +133,33 @@ class Ledger:
         with tracing.statement(_ENTER):
             return await entered
 
+    def take_back(self, *execution_ids: UUID) -> None:
+        """Forgets executions, as soon as PostgreSQL is there, that may have been stored, and whose calls nobody places.
+
+        Left there, somebody might have been called for all one knows, and nobody is when they are asked for again.
+        """
+        if len(self._unplaced) < _MOST_UNPLACED:
+            self._unplaced.update(execution_ids)
+        if self._taking_back is None and not self._closed:
+            self._taking_back = asyncio.create_task(self._take_back(), context=Context())
+
+    async def _take_back(self) -> None:
+        try:
+            while self._unplaced:
+                unplaced = list(self._unplaced)
+                try:
+                    async with self._line_is_free:
+                        await self._line.fetch(_FORGET, unplaced)
+                except PostgresAway:
+                    await asyncio.sleep(_AGAIN_AFTER)
+                else:
+                    self._unplaced.difference_update(unplaced)
+        except StatementFailed as error:
+            log.error("executions are not taken back", error=error)  # noqa: TRY400  # its words are enough
+            self._unplaced.clear()
+        finally:
+            self._taking_back = None
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Self]:
         """Writes until the block ends."""
@@ -121,11 +167,11 @@ class Ledger:
             yield self
         finally:
             self._closed = True
-            if (writing := self._writing) is not None:
-                await asyncio.wait({writing}, timeout=_PATIENCE)
-                await end(writing)
-                # Also where it had not begun.
-                self._give_up(list(self._waiting))
+            if under_way := set(filter(None, (self._writing, self._taking_back))):
+                await asyncio.wait(under_way, timeout=_PATIENCE)
+                await end(*under_way)
+            # Also where it had not begun.
+            self._give_up(list(self._waiting))
 
     async def _write_all(self) -> None:
         batch: list[_Entry] = []
@@ -156,7 +202,8 @@ class Ledger:
 
     async def _write(self, batch: Sequence[_Entry]) -> None:
         try:
-            await self._line.fetch(_ENTER, *self._columns(batch), self._longest_answer)
+            async with self._line_is_free:
+                await self._line.fetch(_ENTER, *self._columns(batch), self._longest_answer)
         except StatementFailed as error:
             # Who is to blame finds out on the long way; the others have done nothing wrong.
             if len(batch) == 1:
@@ -168,16 +215,12 @@ class Ledger:
         except Exception as error:  # noqa: BLE001  # every caller waits for an answer, whatever went wrong
             for one in batch:
                 one.fail(error)
+            self.take_back(*(one.execution.id for one in batch))
         else:
             for one in batch:
                 one.answer(entered=True)
-            await self._forget([one.execution.id for one in batch if one.entered.cancelled()])
-
-    async def _forget(self, execution_ids: Sequence[UUID]) -> None:
-        """Takes back what nobody places any more: left there, somebody might have been called for all one knows."""
-        if execution_ids:
-            with contextlib.suppress(PostgresAway, StatementFailed):
-                await self._line.fetch(_FORGET, execution_ids)
+            if hung_up := [one.execution.id for one in batch if one.entered.cancelled()]:
+                self.take_back(*hung_up)
 
     def _columns(self, batch: Sequence[_Entry]) -> Sequence[Sequence[object]]:
         rows = (

@@ -1,15 +1,18 @@
 """Executions that are accepted first and started by a worker: the Public API's."""
 
-from typing import Any
+import asyncio
+from datetime import datetime
+from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
 import structlog
-from sqlalchemy import Float, Row, Select, cast, extract, func, select, update
+from sqlalchemy import Float, Row, Select, and_, cast, extract, func, select, update
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from switchboard.access import keys
 from switchboard.access.callers import Caller
-from switchboard.errors import TriggerFailed
+from switchboard.errors import TriggerFailed, will_pass
 from switchboard.executions import COLUMNS
 from switchboard.happyrobot.client import HappyRobot, PutOff
 from switchboard.jobs import START, Job, enqueue
@@ -33,6 +36,9 @@ _LATE = 300.0
 
 _FOR_OTHERS = 2.0
 """Seconds for which an execution is left to other workers."""
+
+_AGAIN_AFTER = 1.0
+"""Seconds between attempts to give an execution back while PostgreSQL is away."""
 
 _PATIENCE = 900.0
 """Seconds for which PostgreSQL may be away while runs are recorded: nobody waits for an answer here."""
@@ -80,6 +86,16 @@ async def accept(
     return accepted
 
 
+class _Begun(NamedTuple):
+    """An execution that is this worker's."""
+
+    execution: Row[Any]
+    workflow: Workflow | str
+    """What is to be started, or why it cannot be."""
+    until: datetime | None
+    """When it counts as this worker's no longer."""
+
+
 class Launcher:
     """Places the calls of executions that were accepted, each of them once."""
 
@@ -94,17 +110,10 @@ class Launcher:
 
         Seconds until it is to be looked at again where it is not for this worker.
         """
-        async with self._db.begin() as conn:
-            execution = await _waiting(conn, UUID(subject))
-            if execution is None:
-                return None
-            if self._is_for_others(execution):
-                log.error("HAPPYROBOT_WEBHOOK_URL is not set for this worker", execution_id=execution.id)
-                return _FOR_OTHERS
-            workflow = await self._workflow(conn, execution)
-            if isinstance(workflow, Workflow):
-                claim = update(executions).where(executions.c.id == execution.id)
-                await conn.execute(claim.values(answer_by=answer_by(self._settings)))
+        found = await self._begin(UUID(subject))
+        if not isinstance(found, _Begun):
+            return found
+        execution, workflow = found.execution, found.workflow
         if not isinstance(workflow, Workflow):
             await self._intake.take(Unconfirmed(execution.id, ExecutionStatus.FAILED, workflow))
             return None
@@ -119,11 +128,50 @@ class Launcher:
             pass  # it is written down, or is found by the sweep; whoever asks is told
         except PutOff as error:
             log.info("execution is left to another worker", execution_id=execution.id, error=error)
-            async with self._db.begin() as conn:
-                mine = (executions.c.id == execution.id) & (executions.c.status == ExecutionStatus.PENDING)
-                await conn.execute(update(executions).where(mine).values(answer_by=None))
+            await self._give_back(execution.id, found.until)
             return 0.0
         return None
+
+    async def _begin(self, execution_id: UUID) -> "_Begun | float | None":
+        """Makes an execution this worker's; or else when to come back, if at all."""
+        until: datetime | None = None
+        try:
+            async with self._db.begin() as conn:
+                execution = await _waiting(conn, execution_id)
+                if execution is None:
+                    return None
+                if self._is_for_others(execution):
+                    log.error("HAPPYROBOT_WEBHOOK_URL is not set for this worker", execution_id=execution.id)
+                    return _FOR_OTHERS
+                workflow = await self._workflow(conn, execution)
+                if isinstance(workflow, Workflow):
+                    claim = update(executions).where(executions.c.id == execution.id)
+                    claim = claim.values(answer_by=answer_by(self._settings))
+                    until = await conn.scalar(claim.returning(executions.c.answer_by))
+        except (SQLAlchemyError, OSError):
+            if until is not None:
+                # It may be committed all the same, and nobody was called.
+                await self._give_back(execution_id, until)
+            raise
+        return _Begun(execution, workflow, until)
+
+    async def _give_back(self, execution_id: UUID, until: datetime | None) -> None:
+        """Lets others begin with an execution whose call this worker has not placed; waits for PostgreSQL."""
+        mine = and_(
+            executions.c.id == execution_id,
+            executions.c.status == ExecutionStatus.PENDING,
+            executions.c.answer_by == until,
+        )
+        while True:
+            try:
+                async with self._db.begin() as conn:
+                    await conn.execute(update(executions).where(mine).values(answer_by=None))
+            except (SQLAlchemyError, OSError) as error:
+                if not will_pass(error):
+                    raise
+                await asyncio.sleep(_AGAIN_AFTER)
+            else:
+                return
 
     def _is_for_others(self, execution: Row[Any]) -> bool:
         """Whether this worker was not told how to start what whoever accepted it could have started."""

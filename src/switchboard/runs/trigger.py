@@ -148,10 +148,15 @@ async def start(
     )
     workflow = await _entered(ledger, settings, caller, execution)
     if workflow is None:
-        async with db.begin() as conn:
-            stored = await store(conn, settings, caller, execution)
-            if not isinstance(stored, Workflow):
-                return await _told_again(conn, stored)
+        try:
+            async with db.begin() as conn:
+                stored = await store(conn, settings, caller, execution)
+                if not isinstance(stored, Workflow):
+                    return await _told_again(conn, stored)
+        except (SQLAlchemyError, OSError):
+            # It may be committed all the same.
+            ledger.take_back(execution.id)
+            raise
         workflow = stored
     runs = NewRuns(execution.id, workflow_id, request.context_id, request.name or DEFAULT_NAME, request.description, ())
     run_ids = await place(happyrobot, intake, settings, workflow, runs, body, patience=_PATIENCE)
