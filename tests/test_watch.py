@@ -14,7 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from switchboard import database, jobs, watch, worker
+from switchboard import database, jobs, metrics, watch, worker
 from switchboard.database import dsn
 from switchboard.errors import PostgresAway
 from switchboard.jobs import CHECK, Job
@@ -218,7 +218,7 @@ async def test_nor_does_one_that_was_cut_in_the_middle_of_the_question(own_datab
 async def test_a_postgresql_that_refuses_is_there_and_says_so_to_everybody(servers: Servers):
     url = with_database(servers.database_url, "no_such_database")
     async with Watch(dsn(url)).running() as watching:
-        await until(away)
+        await until(lambda: b"switchboard_postgresql_away 1.0" in metrics.rendered())
         assert not watching.away
         with pytest.raises(PostgresAway, match="InvalidCatalogNameError"):
             await database.open_connection(url, watch=watching)
