@@ -12,6 +12,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
+from structlog.testing import capture_logs
 
 from switchboard import database
 from switchboard.breaker import Breaker
@@ -25,7 +26,7 @@ from switchboard.live.messages import unpack
 from switchboard.logs import bound
 from switchboard.runs import intake
 from switchboard.runs.intake import Intake
-from switchboard.runs.sorting import Duplicate, Held, Recorded
+from switchboard.runs.sorting import Duplicate, Held, NewRuns, Recorded, Registered
 from switchboard.tables import RunStatus, run_events
 from switchboard.tasks import end
 from tests.conftest import (
@@ -208,6 +209,28 @@ async def test_an_intake_that_closes_waits_for_what_is_expected(line: Line, run_
         await asked.wait()
         asyncio.get_running_loop().call_later(0.05, may_answer.set)
     assert isinstance(call.result(), Recorded)
+
+
+async def test_what_became_of_a_call_is_written_as_long_as_the_process_lives(
+    line: Line, db: AsyncEngine, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    nowhere = database.connect("postgresql://127.0.0.1:1/none")
+    runs = NewRuns(uuid4(), "default", context_id, "A call", None, (f"run_{context_id}",))
+    monkeypatch.setattr(intake, "_PAUSES", (0.01,))
+    monkeypatch.setattr(intake, "LAST_NEWS", 0.1)
+    with capture_logs() as lines:
+        async with Intake(Line(nowhere), Silent(), Leaving()).running() as queue:
+            lost = queue.insist(runs)
+        assert lost.cancelled()
+    assert [said["execution_id"] for said in lines if said["event"] == "what became of a call is lost"] == [
+        runs.execution_id
+    ]
+    async with Intake(line, Silent(), Leaving()).running() as queue:
+        assert isinstance(await queue.insist(runs), Registered)
+        await asyncio.sleep(0)
+        assert not queue._insisted
+    assert await rows_of(db, run_events, runs.run_ids[0]) == 1
+    await nowhere.dispose()
 
 
 async def test_each_of_a_batch_gets_its_own_answer(line: Line, run_id: str):

@@ -202,3 +202,24 @@ async def test_workers_look_for_jobs_now_and_then_however_much_news_there_is(
         before = len(looks)
         await until(lambda: all(looks[before:].count(each) for each in set(looks)))
     assert len(looks) < 20
+
+
+async def test_a_job_that_somebody_else_has_by_now_is_not_put_off(own_database: str):
+    connection = await asyncpg.connect(database.dsn(own_database))
+    queries = jobs.queries(AsyncpgDriver(connection))
+    await queries.enqueue([RECONCILE], [b"a run"], [1])
+
+    async def picked(*, silent_for: float) -> Any:
+        execution = {RECONCILE: EntrypointExecutionParameter(0)}
+        [job] = await queries.dequeue(1, execution, uuid4(), None, timedelta(seconds=silent_for))  # type: ignore[arg-type]
+        return job
+
+    first = await picked(silent_for=60)
+    second = await picked(silent_for=0)  # its worker has said nothing for too long
+    assert second.id == first.id
+    await queries.retry_job(first, timedelta(hours=1), None)
+    row = f"SELECT status, attempts, queue_manager_id FROM {jobs.NAMES.queue_table}"
+    assert tuple(await connection.fetchrow(row)) == ("picked", 0, second.queue_manager_id)
+    await queries.retry_job(second, timedelta(hours=1), None)
+    assert tuple(await connection.fetchrow(row)) == ("queued", 1, None)
+    await connection.close()

@@ -405,6 +405,14 @@ async def test_a_key_that_was_revoked_is_forgotten_when_it_comes_again(scraping:
     assert await statuses_of(service, credential) == [503]
 
 
+def test_who_is_recalled_is_not_remembered_for_longer(monkeypatch: pytest.MonkeyPatch):
+    known, now = operators.Operators(), time.monotonic()
+    known.remember("key", ANYBODY)
+    for seconds, there in ((400, ANYBODY), (599, ANYBODY), (601, None)):
+        monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)
+        assert known.recall("key") is there
+
+
 def test_of_an_operator_no_more_is_kept_than_a_digest_and_of_very_many_only_the_last():
     known = Operators()
     for number in range(operators._MOST + 1):

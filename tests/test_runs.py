@@ -97,7 +97,7 @@ async def test_a_page_ends_where_it_gets_heavy(
     monkeypatch.setattr(queries, "_RESULT_BYTES", 3_000)
     run_ids = [await insert_run(db, context_id) for _ in range(5)]
     for run_id, size in zip(run_ids, (10_000, 10, 1_400, 1_400, 1_400), strict=True):
-        await service.callback(run_id, "completed", {"said": secrets.token_hex(size // 2)})  # does not get smaller
+        await service.callback(run_id, "completed", {"said": secrets.token_hex(size // 2)})
     pages: list[list[str]] = []
     url: str | None = f"{RUNS}?context_id={context_id}"
     while url:
@@ -121,6 +121,22 @@ async def test_a_timeline_ends_where_it_gets_heavy(service: Service, run_id: str
         link = answer.headers.get("link")
         url = link and link[1 : link.index(">")]
     assert pages == [[10_000], [10, 600, 600], [600]]
+
+
+async def test_what_is_packed_where_it_is_stored_weighs_what_it_weighs_unpacked(
+    service: Service, db: AsyncEngine, context_id: str, run_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(events, "_HEAVY", 1_000)
+    monkeypatch.setattr(queries, "_RESULT_BYTES", 1_000)
+    run_ids = [run_id, await insert_run(db, context_id)]
+    for each in run_ids:
+        for kind in ("log", "completed"):
+            await service.callback(each, kind, {"said": "x" * 5_000})
+    timeline = await service.http.get(f"{RUNS}/{run_id}/events")
+    listed = await service.http.get(RUNS, params={"context_id": context_id})
+    for answer in (timeline, listed):
+        assert len(answer.json()) == 1
+        assert "link" in answer.headers
 
 
 async def test_the_list_can_be_narrowed(service: Service, db: AsyncEngine, context_id: str):

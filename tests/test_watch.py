@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database, jobs, metrics, watch, worker
 from switchboard.database import dsn
-from switchboard.errors import PostgresAway
+from switchboard.errors import PostgresAway, passes
 from switchboard.jobs import CHECK, Job
 from switchboard.live import hub
 from switchboard.runs.reconcile import Reconciler
@@ -162,17 +162,88 @@ async def test_a_process_that_was_stopped_does_not_take_postgresql_for_absent():
         time.sleep(2 * watch.PATIENCE)  # as SIGSTOP does it, or a busy event loop
 
     loop.call_later(0.01, stop)
-    await watch._done_in_time(asking)
-    await asking
+    assert await watch._done_within(asking, watch.PATIENCE)
     here.close()
     there.close()
 
 
 async def test_one_that_says_nothing_is_absent():
     nothing = asyncio.create_task(asyncio.Event().wait())
-    with pytest.raises(TimeoutError):
-        await watch._done_in_time(nothing)  # type: ignore[arg-type]
+    assert not await watch._done_within(nothing, watch.PATIENCE)  # type: ignore[arg-type]
     nothing.cancel()
+
+
+async def test_an_attempt_that_never_ends_is_given_up_and_one_that_is_slow_to_do_so_harms_nobody(wire: Wire):
+    begun, may_end = asyncio.Event(), asyncio.Event()
+
+    async def dial() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await may_end.wait()
+
+    async with Watch(dsn(wire.url)).running() as watching:
+        await until(lambda: watching._own is not None)
+        opening = asyncio.create_task(watching.open(dial))
+        await begun.wait()
+        wire.lose()
+        await until(lambda: watching.away)
+        watching._has_gone(TimeoutError("still no answer"))
+        may_end.set()
+        with pytest.raises(TimeoutError):
+            await opening
+        await wire.restore()
+        await until(lambda: not watching.away)
+
+
+async def test_a_way_that_is_long_is_no_reason_to_take_nobody_for_there(own_database: str):
+    """A connection takes several answers, and all of them together longer than one may."""
+    async with relayed(own_database) as wire:
+        wire.delay = 0.28 * watch.PATIENCE
+        async with Watch(dsn(wire.url)).running() as watching:
+            await until(lambda: watching._own is not None and not watching.away)
+
+
+@pytest.mark.parametrize(
+    ("error", "away"),
+    [
+        (asyncpg.ConnectionDoesNotExistError(), True),
+        (ConnectionRefusedError(), True),
+        (TimeoutError(), True),
+        (asyncpg.ProtocolViolationError("no more connections allowed"), False),  # as a pooler says it
+        (asyncpg.TooManyConnectionsError(), False),
+        (asyncpg.CannotConnectNowError(), False),
+        (asyncpg.InvalidPasswordError(), False),
+    ],
+)
+async def test_whoever_refuses_is_there(error: Exception, away: bool):
+    watching = Watch("postgresql://127.0.0.1:1/x")
+    watching._judge(error)
+    assert watching.away is away
+    watching._judge(None)
+    assert not watching.away
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "passing"),
+    [
+        ("53100", True),  # its disk is full
+        ("57P03", True),
+        ("08006", True),
+        ("58030", True),
+        ("25006", True),
+        ("40P01", True),
+        ("55P03", True),
+        ("42P01", False),
+        ("22001", False),
+        ("25001", False),
+        ("XX000", False),
+        (None, False),
+    ],
+)
+def test_what_passes_is_worth_another_try(sqlstate: str | None, passing: bool):
+    assert passes(sqlstate) is passing
 
 
 async def test_a_connection_of_its_own_that_was_cut_says_nothing_about_others(own_database: str, own_db: AsyncEngine):

@@ -180,9 +180,13 @@ class Page(NamedTuple):
     more: bool
     """Whether there are others behind them."""
 
+    def next_limit(self, most: int) -> int:
+        """How many to ask for next: where few fit on a page, not many more need be weighed."""
+        return min(most, 2 * len(self.events))
+
 
 _HEAVY = 4_000_000
-"""Bytes of events, as they are stored, after which a page ends: one of them may weigh as much as a request."""
+"""Bytes of events after which a page ends: one of them may weigh as much as a request."""
 
 
 async def read_events(conn: AsyncConnection, scope: Scope, *, after: int, limit: int, up_to: int | None = None) -> Page:

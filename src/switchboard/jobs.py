@@ -11,6 +11,8 @@ from pgqueuer.adapters.drivers.asyncpg import AsyncpgDriver
 from pgqueuer.adapters.persistence.qb import QueryBuilderEnvironment, QueryQueueBuilder, QuerySchedulerBuilder
 from pgqueuer.adapters.persistence.queries import Queries
 from pgqueuer.domain.settings import DBSettings
+from pgqueuer.models import Job as Picked
+from pgqueuer.models import TracebackRecord
 from pgqueuer.ports.driver import Driver
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 from sqlalchemy import (
@@ -69,9 +71,23 @@ class _Joined:
         return [dict(row) for row in (await self._conn.exec_driver_sql(query, args)).mappings()]
 
 
+class _Queries(Queries):
+    """Puts a job off only while it is this worker's: by the time that this is written, somebody else may have it."""
+
+    async def retry_job(self, job: Picked, delay: timedelta, traceback_record: TracebackRecord | None) -> None:
+        statement = self.qbq.build_retry_job_query()
+        mine = "WHERE id = $1::bigint AND status = 'picked' AND queue_manager_id = $4::uuid"
+        assert statement.count(_BY_ID) == 1  # noqa: S101  # or PgQueuer writes it in another way now
+        trace = traceback_record.model_dump_json() if traceback_record else None
+        await self.driver.execute(statement.replace(_BY_ID, mine), job.id, delay, trace, job.queue_manager_id)
+
+
+_BY_ID = "WHERE id = $1::bigint"
+
+
 def queries(driver: Driver) -> Queries:
     """PgQueuer's statements, for our names."""
-    return Queries(driver, QueryBuilderEnvironment(NAMES), QueryQueueBuilder(NAMES), QuerySchedulerBuilder(NAMES))
+    return _Queries(driver, QueryBuilderEnvironment(NAMES), QueryQueueBuilder(NAMES), QuerySchedulerBuilder(NAMES))
 
 
 def install_script() -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, select
+from sqlalchemy import ColumnElement, Select, Text, case, cast, func, select
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 Columns = ReadOnlyColumnCollection[str, ColumnElement[Any]]
@@ -17,11 +17,16 @@ def until_heavy(
 ) -> Select[Any]:
     """The rows of a query, in this order, until a column of theirs weighs more bytes than `most`; at least one.
 
-    `there` is how many rows it has. What a value weighs, as it is stored, stands beside it: those that are left out are
-    not read.
+    `there` is how many rows it has. What a value weighs stands beside it, unless it is packed.
     """
     rows = query.subquery("rows")
-    size = func.coalesce(func.pg_column_size(rows.c[weighed]), 0)
+    value = rows.c[weighed]
+    # What is packed weighs more where it is read.
+    size = case(
+        (value.is_(None), 0),
+        (func.pg_column_compression(value).is_(None), func.pg_column_size(value)),
+        else_=func.octet_length(cast(value, Text)),
+    )
     before = (func.sum(size).over(order_by=order(rows.c)) - size).label("before")
     some = select(rows, before, func.count().over().label("there")).subquery("some")
     return select(some).where(some.c.before < most).order_by(*order(some.c))

@@ -25,6 +25,12 @@ LOOK_EVERY = 0.4
 PATIENCE = 0.9
 """Seconds for an answer. With those above it leaves time to answer a request within two."""
 
+CONNECTS_WITHIN = 3.0
+"""Seconds for a new connection, which takes several answers, and on a long way more than the patience."""
+
+_NO_CONNECTION = frozenset({"08000", "08001", "08003", "08006"})
+"""What asyncpg says where there is no connection. Anything else was said by PostgreSQL, or by a pooler before it."""
+
 _STEPS = 6
 """Parts of that time, each of which counts once, however late this process comes to its end."""
 
@@ -82,33 +88,43 @@ class Watch:
             began = time.monotonic()
             try:
                 await self._ask_patiently()
-            except (OSError, asyncpg.PostgresConnectionError) as error:
-                self._has_gone(error)
-            except Exception as error:  # noqa: BLE001  # nobody waits for this task; it must outlive what goes wrong
-                # It says something, such as that it is starting up or has too many connections. So it tells others.
-                log.debug("PostgreSQL takes no connection of the watch", error=error)
-                self._is_there(fine=False)
-            else:
-                self._is_there(fine=True)
+            except Exception:
+                # Nobody waits for this task, and everybody for what it finds out.
+                log.exception("the watch stumbles")
             await asyncio.sleep(max(began + LOOK_EVERY - time.monotonic(), 0))
 
     async def _ask_patiently(self) -> None:
         asking = asyncio.create_task(self._ask())
         try:
-            await _done_in_time(asking)
-            asking.result()
+            if not await _done_within(asking, PATIENCE):
+                self._has_gone(TimeoutError("no answer"))
+                # A way that is long enough for that may have been taken for none. One attempt goes on.
+                connects = self._own is None
+                if not (connects and await _done_within(asking, CONNECTS_WITHIN - PATIENCE)):
+                    return
+            self._judge(asking.exception())
         finally:
             if not asking.done():
                 # In this order: asyncpg would have a statement that is given up canceled, over another connection.
                 self._hang_up()
                 await end(asking)
 
+    def _judge(self, error: BaseException | None) -> None:
+        if error is None:
+            self._is_there(fine=True)
+        elif isinstance(error, OSError) or getattr(error, "sqlstate", None) in _NO_CONNECTION:
+            self._has_gone(error)
+        else:
+            # It says something, such as that it is starting up or has too many connections. So it tells others.
+            log.debug("PostgreSQL takes no connection of the watch", error=error)
+            self._is_there(fine=False)
+
     async def _ask(self) -> None:
         if self._own is not None and not self._own.is_closed():
             try:
                 # Without parameters it is no prepared statement, which some poolers know nothing of.
                 await self._own.execute("SELECT 1")
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
                 # It was cut, which says nothing about others.
                 log.debug("the watch has lost its connection", error=error)
                 self._hang_up()
@@ -121,14 +137,14 @@ class Watch:
         if own is not None:
             own.terminate()
 
-    def _has_gone(self, error: Exception) -> None:
+    def _has_gone(self, error: BaseException) -> None:
         if not self.away:
             log.warning("PostgreSQL is away", error=error)
         self.away = True
         metrics.POSTGRESQL_AWAY.set(1)
         now = asyncio.get_running_loop().time()
-        for limit in self._under_way:
-            limit.reschedule(now)
+        while self._under_way:
+            self._under_way.pop().reschedule(now)
         for connection in list(self._others):
             # As the network does it. asyncpg's own way takes the ground from under a statement that goes on just now.
             connection._transport.abort()  # noqa: SLF001
@@ -136,19 +152,19 @@ class Watch:
 
     def _is_there(self, *, fine: bool) -> None:
         if self.away:
-            log.info("PostgreSQL is back")
+            log.info("PostgreSQL answers again", takes_connections=fine)
         self.away = False
         metrics.POSTGRESQL_AWAY.set(not fine)
 
 
-async def _done_in_time(asking: "asyncio.Task[None]") -> None:
-    """Waits for an answer; raises TimeoutError if there is none in time.
+async def _done_within(asking: "asyncio.Task[None]", seconds: float) -> bool:
+    """Waits for an answer.
 
     A process that was busy, or was stopped, finds its time used up before it has looked whether there is an answer.
     So it is measured in steps, and one that took longer counts as one.
     """
     for _ in range(_STEPS):
-        done, _ = await asyncio.wait({asking}, timeout=PATIENCE / _STEPS)
+        done, _ = await asyncio.wait({asking}, timeout=seconds / _STEPS)
         if done:
-            return
-    raise TimeoutError("no answer")
+            return True
+    return False

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,7 +156,7 @@ class Cast:
     async def _decide(self, intent: Intent) -> None:
         assert intent.customer is not None
         path, headers = f"{PUBLIC}/executions/{intent.execution_id}", intent.customer.headers
-        verdict = self.scene.chance.choice(["approve", "reject"])
+        verdict, began = self.scene.chance.choice(["approve", "reject"]), time.monotonic()
         async for answer in self._asking(
             self.website, "an approval", f"{path}/pending-approval", None, headers, again=True
         ):
@@ -166,6 +167,10 @@ class Cast:
                 continue
             if status.json()["status"] in ("completed", "failed", "cancelled"):
                 return  # the call came to nothing before it had asked
+            if time.monotonic() > began + PATIENCE and not self._is_called(intent):
+                return  # nobody knows whether it was placed, and it was not
+        else:
+            return
         async for answer in self._asking(self.website, "a decision", f"{path}/{verdict}", {}, headers, again=True):
             if answer.status_code == 200:
                 intent.decision = verdict
@@ -173,6 +178,9 @@ class Cast:
             said = f"{verdict} of execution {intent.execution_id}"
             self.book.complain(f"{said} was answered {answer.status_code}: {answer.text}")
             return
+
+    def _is_called(self, intent: Intent) -> bool:
+        return any(run.payload.get("intent") == intent.id for run in self.scene.simulator.runs.values())
 
     async def _asking(
         self, http: httpx.AsyncClient, what: str, path: str, body: Any, headers: dict[str, str], *, again: bool

@@ -11,7 +11,7 @@ from starlette.requests import HTTPConnection
 
 from switchboard.access import keys
 from switchboard.access.callers import Bearer, Caller, InCookie, InQuery, caller_of, operator
-from switchboard.errors import postgres_is_away
+from switchboard.errors import will_pass
 from switchboard.logs import bound
 
 _REMEMBERED = 600.0
@@ -65,7 +65,7 @@ async def _scraper(
     except Exception as error:
         if key is None:
             raise
-        if not postgres_is_away(error):
+        if not will_pass(error):
             operators.forget(key)
             raise
         known = operators.recall(key)

@@ -232,14 +232,16 @@ class Hub:
         # It is all in there, what waits as well as what it waits for.
         self._early.clear()
         self._mind_the_gap(None)
+        limit = _PAGE
         while (cursor := self._cursor) is not None:
             async with self._db.connect() as conn:
-                page = await read_events(conn, Scope(EVERYTHING), after=cursor, limit=_PAGE)
+                page = await read_events(conn, Scope(EVERYTHING), after=cursor, limit=limit)
             # Meanwhile some may have come by themselves, or the last reader have left, and perhaps another come.
             if (cursor := self._cursor) is not None:
                 self._show([Frame.of(event) for event in page.events if event.id > cursor])
             if not page.more:
                 break
+            limit = page.next_limit(_PAGE)
         self.take(())
 
     def _show(self, frames: Sequence[Frame]) -> None:

@@ -270,11 +270,13 @@ async def _within_this_life(hub: Hub, follower: Follower, after: int | None) -> 
 
 
 async def _replay(db: AsyncEngine, scope: Scope, after: int, up_to: int | None) -> AsyncIterator[Sequence[Frame]]:
+    limit = _PAGE
     while True:
         async with db.connect() as conn:
-            page = await read_events(conn, scope, after=after, up_to=up_to, limit=_PAGE)
+            page = await read_events(conn, scope, after=after, up_to=up_to, limit=limit)
         if page.events:
             after = page.events[-1].id
             yield [Frame.of(event) for event in page.events]
         if not page.more:
             return
+        limit = page.next_limit(_PAGE)

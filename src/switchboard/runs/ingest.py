@@ -8,11 +8,13 @@ from uuid import UUID
 from sqlalchemy import (
     ARRAY,
     Boolean,
+    ColumnElement,
     Interval,
     Row,
     String,
     Text,
     Uuid,
+    and_,
     any_,
     bindparam,
     case,
@@ -21,6 +23,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    or_,
     select,
     text,
     update,
@@ -193,6 +196,13 @@ async def _load_newest_events(conn: AsyncConnection, runs: Sequence[Run]) -> Non
         run.newest_event = await conn.scalar(newest) or 0
 
 
+def _not_known_better(end: Unconfirmed) -> list[ColumnElement[bool]]:
+    pending = executions.c.status == ExecutionStatus.PENDING
+    # Nobody knew, says the sweep; whoever placed the call does, and could not write it down for long.
+    unknown = and_(executions.c.status == ExecutionStatus.SUBMISSION_UNKNOWN, executions.c.began_at.is_(None))
+    return [pending, unknown] if end.status is ExecutionStatus.FAILED else [pending]
+
+
 async def _note(conn: AsyncConnection, ends: Sequence[Unconfirmed]) -> tuple[list[NewRuns], list[Row[Any]]]:
     """Writes down how triggers ended that brought no runs.
 
@@ -203,7 +213,7 @@ async def _note(conn: AsyncConnection, ends: Sequence[Unconfirmed]) -> tuple[lis
         # Not if its runs are known after all: somebody else may have been quicker.
         noted = await conn.execute(
             update(executions)
-            .where(executions.c.id == end.execution_id, executions.c.status == ExecutionStatus.PENDING)
+            .where(executions.c.id == end.execution_id, or_(*_not_known_better(end)))
             .values(
                 status=end.status,
                 error=end.error,

@@ -17,10 +17,11 @@ from uuid import UUID
 
 import structlog
 from pydantic_core import to_json
+from sqlalchemy.exc import SQLAlchemyError
 
 from switchboard import tracing
 from switchboard.database import Line
-from switchboard.errors import PostgresAway, StatementFailed, Unavailable
+from switchboard.errors import StatementFailed, Unavailable
 from switchboard.settings import Settings
 from switchboard.tasks import end
 
@@ -150,7 +151,10 @@ class Ledger:
                 try:
                     async with self._line_is_free:
                         await self._line.fetch(_FORGET, unplaced)
-                except PostgresAway:
+                except StatementFailed:
+                    raise
+                except (SQLAlchemyError, OSError) as error:
+                    log.debug("executions are not taken back yet", error=error)
                     await asyncio.sleep(_AGAIN_AFTER)
                 else:
                     self._unplaced.difference_update(unplaced)
