@@ -107,8 +107,10 @@ class Receiver:
             answering = asyncio.ensure_future(self.answer(request, writer))
             # Whoever sends a webhook says nothing after it, until it goes.
             left = asyncio.ensure_future(reader.read())
-            await asyncio.wait({answering, left}, return_when=asyncio.FIRST_COMPLETED)
-            await _cancel(answering, left)
+            try:
+                await asyncio.wait({answering, left}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await _cancel(answering, left)
         except ConnectionError:
             pass  # it may well be cut
         finally:

@@ -1,10 +1,12 @@
 """`make faults`: campaigns for so many minutes, each with a seed of its own."""
 
 import argparse
+import asyncio
 import logging
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -20,6 +22,10 @@ from tests.faults.variants import VARIANTS
 
 
 async def _campaign(seed: int, minutes: float, variant: str, folder: Path) -> Tally:
+    # Told to stop, it clears up as it does when it is interrupted.
+    whole = asyncio.current_task()
+    assert whole is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, whole.cancel)
     # What goes wrong is drawn apart, so that a seed names it, whatever everybody else makes of it.
     plans = random.Random(seed)
     async with (
@@ -72,6 +78,12 @@ def main() -> None:
             tally = uvloop.run(_campaign(seed, given.minutes, given.variant, folder))
         except Broken as broken:
             sys.exit(f"seed {seed}: {broken}\n(logs are in {folder})")
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            shutil.rmtree(folder)
+            sys.exit(f"seed {seed}: interrupted")
+        except Exception:
+            _say(f"seed {seed}: the suite itself failed (logs are in {folder})")
+            raise
         _report(seed, tally)
         shutil.rmtree(folder)
 

@@ -11,10 +11,12 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from typing import Any
 
 import httpx
-from httpx_sse import SSEError, aconnect_sse
+from httpx_sse import ServerSentEvent, SSEError, aconnect_sse
+from pydantic_core import to_json
 
 from switchboard.errors import PUBLIC
 from tests.conftest import HOOK_KEY
@@ -26,6 +28,12 @@ PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 PATIENCE = 15.0
 """Seconds that a client waits for an answer."""
+
+_CUT = (httpx.TransportError, AttributeError)
+"""What a connection that breaks raises; the latter is anyio's, where that is in the moment in which it is made."""
+
+_BROWSERS = 8
+"""In one round."""
 
 _RETRIES_FOR = 200.0
 """Seconds for which a client repeats what it may repeat."""
@@ -48,14 +56,15 @@ class Cast:
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def begin(self, deed: Callable[[], Awaitable[None]]) -> None:
-        task = asyncio.create_task(self._do(deed))
+        task = asyncio.create_task(self.guarded(deed))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _do(self, deed: Callable[[], Awaitable[None]]) -> None:
+    async def guarded(self, deed: Callable[[], Awaitable[None]]) -> None:
+        """Does something; that it fails is a finding, as nobody else would hear of it."""
         try:
             await deed()
-        except Exception as error:  # noqa: BLE001  # of an actor's own; nobody else would hear of it
+        except Exception as error:  # noqa: BLE001  # whatever it is
             self.book.complain(f"an actor fails: {error!r}")
 
     def repeat(self, deed: Callable[[], Awaitable[None]], a_second: float) -> None:
@@ -63,21 +72,19 @@ class Cast:
 
         async def again() -> None:
             while not self._stopped.is_set():
-                if len(self._tasks) < 400:
-                    self.begin(deed)
+                self.begin(deed)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopped.wait(), self.scene.chance.expovariate(a_second))
 
         self.begin(again)
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """Begins nothing new; what has begun goes on."""
         self._stopped.set()
 
-    async def done(self, within: float) -> bool:
-        """Whether everybody is done by then."""
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=within)
+    @property
+    def done(self) -> bool:
+        """Whether everybody has heard what they wanted to hear."""
         return not self._tasks
 
     async def leave(self) -> None:
@@ -130,8 +137,9 @@ class Cast:
             if answer.status_code == 200:
                 intent.run_ids = said["run_ids"]
                 intent.accepted = True
-            if answer.status_code in (200, 502):
-                intent.answered = True
+                return
+            if answer.status_code == 502:
+                intent.failed = said["status"] == "failed"
                 return
 
     async def execute_an_agent(self) -> None:
@@ -148,7 +156,7 @@ class Cast:
         async for answer in self._asking(self.website, "an execution", path, body, headers, again=True):
             if answer.status_code == 202:
                 intent.execution_id = answer.json()["executionId"]
-                intent.accepted = intent.answered = True
+                intent.accepted = True
                 break
         if approval and intent.accepted:
             await self._decide(intent)
@@ -158,7 +166,7 @@ class Cast:
         path, headers = f"{PUBLIC}/executions/{intent.execution_id}", intent.customer.headers
         verdict, began = self.scene.chance.choice(["approve", "reject"]), time.monotonic()
         async for answer in self._asking(
-            self.website, "an approval", f"{path}/pending-approval", None, headers, again=True
+            self.website, "a question", f"{path}/pending-approval", None, headers, again=True
         ):
             if answer.status_code == 200:
                 break
@@ -171,12 +179,8 @@ class Cast:
                 return  # nobody knows whether it was placed, and it was not
         else:
             return
-        async for answer in self._asking(self.website, "a decision", f"{path}/{verdict}", {}, headers, again=True):
-            if answer.status_code == 200:
-                intent.decision = verdict
-                return
-            said = f"{verdict} of execution {intent.execution_id}"
-            self.book.complain(f"{said} was answered {answer.status_code}: {answer.text}")
+        async for _ in self._asking(self.website, "a decision", f"{path}/{verdict}", {}, headers, again=True):
+            intent.decision = verdict
             return
 
     def _is_called(self, intent: Intent) -> bool:
@@ -189,29 +193,31 @@ class Cast:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _RETRIES_FOR
         while loop.time() < deadline:
-            try:
-                if body is None:
-                    answer = await http.get(path, headers=headers)
-                else:
-                    answer = await http.post(path, json=body, headers=headers)
-            except (httpx.TransportError, AttributeError):
+            answer = await self._once(http, "GET" if body is None else "POST", path, headers, json=body)
+            if answer is None:
                 self.book.answers[f"{what} -"] += 1
             else:
-                self.book.note(what, answer.status_code, answer.text)
-                if answer.status_code == 503 and "retry-after" not in answer.headers:
-                    self.book.complain(f"{what}: 503 without Retry-After")
+                self.book.note(what, answer)
                 if answer.status_code != 503:
                     yield answer
             if not again:
                 return
             await asyncio.sleep(self.scene.chance.uniform(0.3, 1.0))
+        self.book.complain(f"{what} had no answer for {_RETRIES_FOR} s: {path}, {body}")
+
+    async def _once(
+        self, http: httpx.AsyncClient, method: str, path: str, headers: dict[str, str], **more: Any
+    ) -> httpx.Response | None:
+        """An answer; None where the connection broke before there was one."""
+        try:
+            return await http.request(method, path, headers=headers, **more)
+        except _CUT:
+            return None
 
     async def _get(self, what: str, path: str, headers: dict[str, str] | None = None) -> httpx.Response | None:
-        try:
-            answer = await self.poller.get(path, headers=headers)
-        except (httpx.TransportError, AttributeError):
-            return None
-        self.book.note(what, answer.status_code, answer.text)
+        answer = await self._once(self.poller, "GET", path, headers or {})
+        if answer is not None:
+            self.book.note(what, answer)
         return answer
 
     # What HappyRobot's workflows send beside the story of a call
@@ -223,10 +229,10 @@ class Cast:
             return
         run = chance.choice(runs)
         marker = f"m{book.number}-{len(book.sent)}"
-        book.sent[marker] = run.id
         kind = "note"
         if run.id in book.finals and chance.random() < 0.3:
             kind = chance.choice(["running", "failed", "completed"])  # a lie: it is over, and everybody knows how
+        book.sent[marker] = run.id, kind
         await asyncio.gather(*(self._send(run.id, marker, kind) for _ in range(1 if chance.random() < 0.7 else 2)))
 
     async def _send(self, run_id: str, marker: str, kind: str) -> None:
@@ -242,16 +248,19 @@ class Cast:
                 body = {"specversion": "1.0", "id": marker, "source": "s", "type": "note", "data": data}
             case _:
                 headers["X-Webhook-Id"] = marker
-        for pause in (0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 3.0):
-            with contextlib.suppress(httpx.TransportError, AttributeError):
-                answer = await self.happyrobot.post(
-                    "/api/webhooks/happyrobot", content=json.dumps(body), headers=headers
-                )
-                self.book.note("a callback", answer.status_code, answer.text)
-                if answer.status_code == 200:
+        last = None
+        for pause in chain((0.1, 0.2, 0.4, 0.8), repeat(1.5, 20)):
+            last = await self._once(
+                self.happyrobot, "POST", "/api/webhooks/happyrobot", headers, content=json.dumps(body)
+            )
+            if last is not None:
+                self.book.note("a callback", last)
+                if last.status_code == 200:
                     self.book.acknowledged.add(marker)
                     return
             await asyncio.sleep(pause)
+        if last is None or last.status_code != 404:  # of a run that nobody has named
+            self.book.complain(f"callback {marker} of run {run_id} was not taken for half a minute")
 
     # Who looks
 
@@ -273,18 +282,30 @@ class Cast:
                 if answer is not None and answer.status_code == 200:
                     book.tell_status(run_id, answer.json()["status"], final, "run")
             case 2:
-                context_id = chance.choice(book.contexts)
-                await self._get("a list", f"/api/happyrobot/runs?context_id={context_id}")
+                context_id, finals = chance.choice(book.contexts), dict(book.finals)
+                answer = await self._get("a list", f"/api/happyrobot/runs?context_id={context_id}")
+                if answer is not None and answer.status_code == 200:
+                    for run in answer.json():
+                        book.tell_status(run["runId"], run["status"], finals.get(run["runId"]), "list")
             case _:
-                await self._get("a timeline", f"/api/happyrobot/runs/{run_id}/events")
+                final = book.finals.get(run_id)
+                answer = await self._get("a timeline", f"/api/happyrobot/runs/{run_id}/events")
+                if answer is not None and answer.status_code == 200:
+                    book.tell_status(run_id, answer.json()[-1]["status"], final, "timeline")
+
+    async def follow_a_run(self) -> None:
+        """Opens a run's own page, which shows all that has happened to it, and stays until its end."""
+        known = [run_id for intent in self.book.intents for run_id in intent.run_ids]
+        if known and len(self.browsers) < _BROWSERS:
+            Browser(self, {"run_id": self.scene.chance.choice(known)}, after=0).start()
 
     async def cancel(self) -> None:
         known = [run_id for intent in self.book.intents for run_id in intent.run_ids]
         if known:
             path = f"/api/happyrobot/runs/{self.scene.chance.choice(known)}/cancel"
-            with contextlib.suppress(httpx.TransportError, AttributeError):
-                answer = await self.app.post(path, json={})
-                self.book.note("a cancellation", answer.status_code, answer.text)
+            answer = await self._once(self.app, "POST", path, {}, json={})
+            if answer is not None:
+                self.book.note("a cancellation", answer)
 
 
 @dataclass(eq=False)
@@ -293,55 +314,49 @@ class Browser:
 
     cast: Cast
     params: dict[str, str]
-    after: int
-    """Its first stream begins behind this event."""
+    after: int | None
+    """Its first stream begins behind this event; None where it begins with whatever comes."""
     manner: str = "reads"
     """How it reads: at once, slowly, or not for a while; or it leaves now and then."""
     seen: list[Seen] = field(default_factory=list)
     streams: int = 0
     ended: bool = False
     """Whether it was told that its run is over."""
+    place: str | None = None
+    """What it comes back with."""
     task: asyncio.Task[None] | None = None
     _finals: dict[str, str] = field(default_factory=dict)
 
     def start(self) -> None:
+        self.place = None if self.after is None else str(self.after)
         self.cast.browsers.append(self)
-        self.task = asyncio.create_task(self._follow())
-
-    @property
-    def last(self) -> int:
-        return self.seen[-1].id if self.seen else self.after
+        self.task = asyncio.create_task(self.cast.guarded(self._follow))
 
     async def _follow(self) -> None:
         chance = self.cast.scene.chance
         while not self.ended:
-            try:
-                async with httpx.AsyncClient(
-                    base_url=self.cast.scene.front.url, timeout=httpx.Timeout(5, read=20), verify=PLAIN
-                ) as http:
+            url, patience = self.cast.scene.front.url, httpx.Timeout(5, read=20)
+            async with httpx.AsyncClient(base_url=url, timeout=patience, verify=PLAIN) as http:
+                with contextlib.suppress(SSEError, *_CUT):
                     await self._read(http)
-            except (httpx.HTTPError, SSEError, AttributeError):
-                pass
-            except Exception as error:  # noqa: BLE001  # nobody else would hear of it
-                self.cast.book.complain(f"a browser fails: {error!r}")
             await asyncio.sleep(chance.uniform(0.05, 0.4))
 
     async def _read(self, http: httpx.AsyncClient) -> None:
-        chance, book = self.cast.scene.chance, self.cast.book
-        headers = {"Last-Event-ID": str(self.last)}
+        chance = self.cast.scene.chance
+        # As a browser does it: with what `id:` said last, if it has said anything.
+        headers = {} if self.place is None else {"Last-Event-ID": self.place}
         async with aconnect_sse(http, "GET", "/api/events", params=self.params, headers=headers) as source:
             if source.response.status_code != 200:
-                book.note("a stream", source.response.status_code)
+                await source.response.aread()
+                self.cast.book.note("a stream", source.response)
+                self.ended = source.response.status_code == 204
                 return
             self.streams += 1
             stalls = self.manner == "stalls"
             async for sse in source.aiter_sse():
-                if sse.event == "end":
-                    self.ended = True
+                self._notice(sse)
+                if self.ended:
                     return
-                if not sse.data:
-                    continue
-                self._take(sse.json())
                 if self.manner == "slow":
                     await asyncio.sleep(0.05)
                 if stalls and chance.random() < 0.05:
@@ -350,10 +365,25 @@ class Browser:
                 if self.manner == "leaves" and chance.random() < 0.03:
                     return
 
+    def _notice(self, sse: ServerSentEvent) -> None:
+        book = self.cast.book
+        self.place = sse.id or self.place
+        if sse.event == "end":
+            self.ended = True
+        elif sse.data:
+            event = sse.json()
+            if sse.id != str(event["id"]):
+                book.complain(f"event {event['id']} has the id {sse.id!r}")
+            self._take(event)
+        elif self.after is None and sse.id:
+            self.after = int(sse.id)  # where it has joined
+
     def _take(self, event: dict[str, Any]) -> None:
-        seen = Seen(event["id"], event["run_id"], event["context_id"], event["event_type"], event["status"])
-        if seen.id <= self.last:
-            self.cast.book.complain(f"a browser was sent event {seen.id} after {self.last}")
+        data = to_json(event["data"]).decode()
+        seen = Seen(event["id"], event["run_id"], event["context_id"], event["event_type"], event["status"], data)
+        last = self.seen[-1].id if self.seen else self.after
+        if last is None or seen.id <= last:
+            self.cast.book.complain(f"a browser was sent event {seen.id} after {last}")
         self.seen.append(seen)
         if seen.context_id in self.cast.book.contexts:
             known = self._finals.get(seen.run_id)

@@ -77,7 +77,7 @@ class Campaign:
         for cast in self._open:
             await cast.leave()
 
-    async def round(self, plan: Sequence[tuple[float, Fault, float]], *, load: float = 1.0) -> None:
+    async def round(self, plan: Sequence[tuple[float, Fault, float]]) -> None:
         """One round: each fault begins after so many seconds and lasts for so many."""
         scene, number = self.scene, self.tally.rounds
         self.tally.rounds += 1
@@ -86,14 +86,17 @@ class Campaign:
         self._open.append(cast)
         newest = await scene.newest_event()
         for context_id, manner in zip(book.contexts, ("reads", "slow", "stalls", "leaves"), strict=True):
-            Browser(cast, {"context_id": context_id}, newest, manner).start()
+            Browser(cast, {"context_id": context_id}, None if manner == "leaves" else newest, manner).start()
         Browser(cast, {}, newest, "leaves").start()
-        cast.repeat(cast.place_a_call, 3 * load)
-        cast.repeat(cast.execute_an_agent, 1.5 * load)
-        cast.repeat(cast.call_back, 12 * load)
-        cast.repeat(cast.look, 5 * load)
-        cast.repeat(cast.cancel, 0.2 * load)
-        await asyncio.gather(*(self._harm(book, *each) for each in plan))
+        cast.repeat(cast.place_a_call, 3)
+        cast.repeat(cast.execute_an_agent, 1.5)
+        cast.repeat(cast.call_back, 12)
+        cast.repeat(cast.look, 5)
+        cast.repeat(cast.follow_a_run, 0.5)
+        cast.repeat(cast.cancel, 0.2)
+        async with asyncio.TaskGroup() as group:
+            for each in plan:
+                group.create_task(self._harm(book, *each))
         ended = time.monotonic()
         try:
             back = await scene.until_well(self._back_within)
@@ -102,13 +105,15 @@ class Campaign:
             raise Broken(f"{about}: not back within {self._back_within} s: {error}") from None
         self.tally.slowest = max(self.tally.slowest, back)
         await asyncio.sleep(scene.chance.uniform(0.3, 1.0))  # at work as before
-        await cast.stop()
+        cast.stop()
         book.ended = time.monotonic()
         self._say(
             f"round {number}: {'; '.join(book.faults)} ({ended - book.began:.1f} s, back after {back:.1f} s), "
             f"{len(book.intents)} calls, {len(book.acknowledged)} callbacks acknowledged"
         )
         await self._close(book.ended + self._goes_on_after)
+        if surprises := [*scene.complaints, *(what for part in scene.processes.values() for what in part.surprises)]:
+            raise Broken("\n  ".join([f"round {number} ({'; '.join(book.faults)}):", *surprises]))
         if not self._open:
             self._measure()
 
@@ -155,8 +160,7 @@ class Campaign:
         if found.wrong:
             raise Broken("\n  ".join([f"{about}:", *found.wrong]))
         cast.waits_for = found.open
-        everybody = await cast.done(0)
-        if everybody and not found.open:
+        if cast.done and not found.open:
             self._open.remove(cast)
             await cast.leave()
             self._count(cast)
@@ -175,6 +179,8 @@ class Campaign:
 
     def _count(self, cast: Cast) -> None:
         book, tally = cast.book, self.tally
+        if not (book.acknowledged and any(intent.accepted for intent in book.intents)):
+            raise Broken(f"round {book.number} ({'; '.join(book.faults)}): nothing was accepted")
         tally.answers += book.answers
         tally.callbacks += len(book.acknowledged)
         tally.calls += sum(intent.accepted for intent in book.intents)

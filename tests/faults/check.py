@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
+from pydantic_core import to_json
 
 from switchboard.happyrobot.simulator import Call, Run
 from tests.faults.actors import Browser, Cast
@@ -52,8 +53,10 @@ async def examine(cast: Cast) -> Findings:
     _callbacks(book, acknowledged, facts, found)
     _calls(book, facts, found)
     _answers(book, facts, found)
-    _timelines(facts, found)
+    _decisions(scene, book, facts, found)
+    _timelines(book, facts, found)
     _ends(facts, found)
+    _results(acknowledged, facts, found)
     for browser, events in zip(cast.browsers, seen, strict=True):
         await _stream(scene, browser, events, facts, found)
     for customer in scene.customers:
@@ -83,22 +86,30 @@ async def _facts(scene: Scene, contexts: Sequence[str]) -> _Facts:
 
 
 def _callbacks(book: Book, acknowledged: AbstractSet[_Name], facts: _Facts, found: Findings) -> None:
-    """Each that was acknowledged is there, and none is there twice."""
+    """Each that was acknowledged is there as it was sent, and none is there twice."""
     markers: Counter[str] = Counter()
-    told: Counter[_Name] = Counter()
+    told: dict[_Name, list[Any]] = defaultdict(list)
     for row in facts.events:
-        data = row["data"]
-        if isinstance(data, dict) and isinstance(data.get("marker"), str):
-            markers[data["marker"]] += 1
+        marker = row["data"].get("marker") if isinstance(row["data"], dict) else None
+        if isinstance(marker, str):
+            markers[marker] += 1
+            if book.sent.get(marker) != (row["run_id"], row["event_type"]):
+                found.wrong.append(f"callback {marker} is in the timeline of {row['run_id']}, as {row['event_type']}")
         elif row["occurred_at"] is not None:
-            told[row["run_id"], row["event_type"], _to_the_millisecond(row["occurred_at"])] += 1
+            told[row["run_id"], row["event_type"], _to_the_millisecond(row["occurred_at"])].append(row["data"])
     _counted("callback", markers, set(book.sent), book.acknowledged, found)
-    names = {
-        (story.id, event["event_type"], _to_the_millisecond(datetime.fromisoformat(event["timestamp"])))
+    sent = {
+        (story.id, event["event_type"], _to_the_millisecond(datetime.fromisoformat(event["timestamp"]))): event["data"]
         for story in facts.stories.values()
         for event in story.events
     }
-    _counted("HappyRobot's callback", told, names, acknowledged & names, found)
+    there = Counter({name: len(said) for name, said in told.items()})
+    _counted("HappyRobot's callback", there, sent.keys(), acknowledged & sent.keys(), found)
+    found.wrong += [
+        f"HappyRobot's callback {name} is there as {told[name]}"
+        for name in sent.keys() & told.keys()
+        if any(said != sent[name] for said in told[name])
+    ]
 
 
 def _counted(
@@ -112,20 +123,26 @@ def _to_the_millisecond(at: datetime) -> str:
     return at.astimezone(UTC).isoformat(timespec="milliseconds")
 
 
+_MAY_BE_REPEATED = (429, 502, 503, 504)
+
+
 def _calls(book: Book, facts: _Facts, found: Findings) -> None:
-    """Nobody is called twice for one execution, nor for one intent."""
-    by_execution: Counter[str] = Counter()
-    by_intent: Counter[str] = Counter()
+    """Nobody is called twice for one execution, nor for one intent, and nothing is sent again that may have arrived."""
+    sent: Counter[str] = Counter()
+    called: Counter[str] = Counter()
     for call in facts.calls:
         assert call.payload is not None
+        if call.status not in _MAY_BE_REPEATED:
+            sent[f"execution {call.payload['execution_id']}"] += 1
         if call.run_ids:
-            by_execution[call.payload["execution_id"]] += 1
-            by_intent[call.payload["intent"]] += 1
-    for what, calls in (("execution", by_execution), ("intent", by_intent)):
-        found.wrong += [f"{what} {name} was called {times} times" for name, times in calls.items() if times > 1]
+            called[call.payload["intent"]] += 1
+    found.wrong += [f"{what} was sent to HappyRobot {times} times" for what, times in sent.items() if times > 1]
+    found.wrong += [f"intent {name} was called {times} times" for name, times in called.items() if times > 1]
     for intent in book.intents:
-        if intent.accepted and intent.customer is None and by_intent[intent.id] != 1:
-            found.wrong.append(f"intent {intent.id} was answered 200, and called {by_intent[intent.id]} times")
+        if intent.accepted and intent.customer is None and called[intent.id] != 1:
+            found.wrong.append(f"intent {intent.id} was answered 200, and called {called[intent.id]} times")
+        if intent.failed and called[intent.id]:
+            found.wrong.append(f"intent {intent.id} was answered that nobody was called, and somebody was")
 
 
 def _answers(book: Book, facts: _Facts, found: Findings) -> None:
@@ -144,19 +161,53 @@ def _answers(book: Book, facts: _Facts, found: Findings) -> None:
             found.wrong.append(f"execution {intent.execution_id} was rejected, and is {execution['status']}")
 
 
-def _timelines(facts: _Facts, found: Findings) -> None:
-    """A run that is over stays as it is, in its timeline and in its row."""
+_DECIDED = {"approve": "approved", "reject": "rejected"}
+
+
+_DECIDED = {"approve": "approved", "reject": "rejected"}
+
+
+def _decisions(scene: Scene, book: Book, facts: _Facts, found: Findings) -> None:
+    """HappyRobot is told what was decided, and nothing else."""
+    wanted = {intent.execution_id: _DECIDED[intent.decision] for intent in book.intents if intent.decision}
+    told: defaultdict[str, set[str]] = defaultdict(set)
+    for decision in scene.simulator.decisions:
+        if decision.run_id in facts.stories and decision.body is not None:
+            told[facts.stories[decision.run_id].payload["execution_id"]].add(decision.body["decision"])
+    for execution_id, verdict in wanted.items():
+        if (said := told.get(execution_id or "", set())) - {verdict}:
+            found.wrong.append(f"execution {execution_id} is {verdict}, and HappyRobot was told {said}")
+        elif not said:
+            found.open.append(f"HappyRobot was not told that execution {execution_id} is {verdict}")
+
+
+def _timelines(book: Book, facts: _Facts, found: Findings) -> None:
+    """A run that is over stays as it is, in its timeline, in its row, and for everybody who was told."""
     stands: dict[str, str] = {}
     for row in facts.events:
         before = stands.get(row["run_id"])
         if before in FINAL and row["status"] != before:
             found.wrong.append(f"run {row['run_id']} was {before}, then {row['status']} (event {row['id']})")
         stands[row["run_id"]] = row["status"]
-        if row["event_type"] == "timeout":
-            found.wrong.append(f"run {row['run_id']} was given up")
     for run_id, run in facts.runs.items():
         if stands.get(run_id) != run["status"]:
             found.wrong.append(f"run {run_id} is {run['status']}, and its timeline ends with {stands.get(run_id)}")
+        if run["timed_out"]:
+            found.wrong.append(f"run {run_id} was given up")
+        if book.finals.get(run_id, run["status"]) != run["status"]:
+            found.wrong.append(f"run {run_id} is {run['status']}, and somebody was told {book.finals[run_id]}")
+
+
+def _results(acknowledged: AbstractSet[_Name], facts: _Facts, found: Findings) -> None:
+    """What a call came to, if HappyRobot has told it, is what its run shows."""
+    for story in facts.stories.values():
+        last = story.events[-1] if story.events else None
+        if last is None or story.status != "completed" or story.id not in facts.runs:
+            continue
+        name = (story.id, "completed", _to_the_millisecond(datetime.fromisoformat(last["timestamp"])))
+        metadata = facts.runs[story.id]["metadata"]
+        if name in acknowledged and metadata.get("result") != story.ending:
+            found.wrong.append(f"run {story.id} came to {story.ending}, and shows {metadata.get('result')}")
 
 
 def _ends(facts: _Facts, found: Findings) -> None:
@@ -195,25 +246,37 @@ def _together(statuses: Sequence[str]) -> str:
 
 async def _stream(scene: Scene, browser: Browser, seen: Sequence[Seen], facts: _Facts, found: Findings) -> None:
     """A browser has been sent every event of its scope, once and in order, up to the last that it has seen."""
+    if browser.after is None:
+        found.open.append(f"a browser ({browser.params}) has not begun")
+        return
     last = seen[-1].id if seen else browser.after
     context_id, run_id = browser.params.get("context_id"), browser.params.get("run_id")
     rows = facts.events
     if context_id is None and run_id is None:
-        rows = await scene.events_between(browser.after, last)
+        newest = max((row["id"] for row in facts.events), default=0)
+        rows = await scene.events_between(browser.after, max(last, newest))
     wanted = [
-        Seen(row["id"], row["run_id"], row["context_id"], row["event_type"], row["status"])
+        Seen(
+            row["id"],
+            row["run_id"],
+            row["context_id"],
+            row["event_type"],
+            row["status"],
+            to_json(row["data"]).decode(),
+        )
         for row in rows
         if row["id"] > browser.after and context_id in (None, row["context_id"]) and run_id in (None, row["run_id"])
     ]
     so_far = [event for event in wanted if event.id <= last]
+    who = f"a browser ({browser.params}, {browser.manner})"
     if so_far != seen:
         missing = [event.id for event in so_far if event not in set(seen)]
         surplus = [event.id for event in seen if event not in set(so_far)]
-        found.wrong.append(f"a browser ({browser.params}, {browser.manner}) misses {missing}, has besides {surplus}")
+        found.wrong.append(f"{who} misses {missing}, has besides {surplus}")
     elif len(wanted) > len(so_far) and not browser.ended:
-        found.open.append(
-            f"a browser ({browser.params}, {browser.manner}) waits for {len(wanted) - len(so_far)} events"
-        )
+        found.open.append(f"{who} waits for {len(wanted) - len(so_far)} events")
+    elif run_id is not None and not browser.ended:
+        found.open.append(f"{who} was not told that its run is over")
 
 
 _TOLD_AT_THE_END = {
@@ -223,22 +286,32 @@ _TOLD_AT_THE_END = {
 }
 
 
+_ATTEMPTS = 4
+"""At a webhook that is not taken."""
+
+
 def _webhooks(cast: Cast, customer: Customer, facts: _Facts, found: Findings) -> None:
-    """A customer was told of what became of each execution, however often under one id."""
+    """A customer was told of what became of each execution, however often under one id, and in the same words."""
     mine = {execution_id for execution_id, row in facts.executions.items() if row["key_id"] == customer.key_id}
     told = customer.told()
-    for (execution_id, event), ids in told.items():
-        if execution_id in mine and len(ids) > 1:
-            found.wrong.append(f"{customer.name} was told of {event} of execution {execution_id} under {len(ids)} ids")
+    for (execution_id, event), notices in told.items():
+        if execution_id in mine and len(notices) > 1:
+            found.wrong.append(
+                f"{customer.name} was told of {event} of execution {execution_id} under {len(notices)} ids"
+            )
     for execution_id in mine:
         row = facts.executions[execution_id]
         wanted = _worth_telling(row)
         for event in wanted:
-            if (execution_id, event) not in told:
+            notices = told.get((execution_id, event), {})
+            if not any(notice.taken or notice.attempts >= _ATTEMPTS for notice in notices.values()):
                 found.open.append(f"{customer.name} was not told of {event} of execution {execution_id}")
+            if any(notice.bodies != 1 for notice in notices.values()):
+                found.wrong.append(f"{customer.name} was told of {event} of execution {execution_id} in several ways")
         for over in set(_TOLD_AT_THE_END.values()) - wanted:
             if row["status"] in _TOLD_AT_THE_END and (execution_id, over) in told:
                 found.wrong.append(f"{customer.name} was told of {over} of execution {execution_id}: {row['status']}")
+    found.wrong += customer.forgeries
 
 
 def _worth_telling(execution: asyncpg.Record) -> set[str]:

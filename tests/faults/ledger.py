@@ -3,11 +3,28 @@
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+
+import httpx
 
 from tests.faults.scene import Customer
 
 FINAL = ("COMPLETED", "FAILED", "CANCELED")
+
+
+_EXPECTED = {
+    "a trigger": (200, 409, 502, 503),
+    "an execution": (202, 503),
+    "a question": (200, 409, 503),
+    "a decision": (200, 503),
+    "a status": (200, 503),
+    "a run": (200, 503),
+    "a list": (200, 503),
+    "a timeline": (200, 503),
+    "a callback": (200, 404, 503),
+    "a cancellation": (200, 202, 409, 502, 503),
+    "a stream": (200, 204, 503),
+}
+"""What requests are answered: in progress, nothing to decide, HappyRobot did not confirm, PostgreSQL is away."""
 
 
 @dataclass(eq=False)
@@ -26,8 +43,8 @@ class Intent:
     """Those that an answer 200 has named."""
     accepted: bool = False
     """Whether it was answered 200, or 202 by the Public API."""
-    answered: bool = False
-    """Whether there was any answer that says what became of it."""
+    failed: bool = False
+    """Whether it was answered that nobody was called."""
     decision: str | None = None
     """What was decided about it, if that was acknowledged."""
 
@@ -41,6 +58,8 @@ class Seen:
     context_id: str
     event_type: str
     status: str
+    data: str
+    """As JSON."""
 
 
 @dataclass
@@ -53,8 +72,8 @@ class Book:
     ended: float = 0.0
     faults: list[str] = field(default_factory=list)
     intents: list[Intent] = field(default_factory=list)
-    sent: dict[str, str] = field(default_factory=dict)
-    """Callbacks of our own, by what they carry: the runs that they are about."""
+    sent: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Callbacks of our own, by what they carry: the runs that they are about, and their kinds."""
     acknowledged: set[str] = field(default_factory=set)
     """Those that were answered 200."""
     finals: dict[str, str] = field(default_factory=dict)
@@ -70,11 +89,13 @@ class Book:
         if len(self.complaints) < 50:
             self.complaints.append(what)
 
-    def note(self, what: str, status: int, body: Any = None) -> None:
-        """Notes an answer; one that says that it is our fault is a complaint by itself."""
-        self.answers[f"{what} {status}"] += 1
-        if status >= 500 and status not in (502, 503):
-            self.complain(f"{what} was answered {status}: {body}")
+    def note(self, what: str, answer: httpx.Response) -> None:
+        """Notes an answer; one that a careful client need not expect is a complaint by itself."""
+        self.answers[f"{what} {answer.status_code}"] += 1
+        if answer.status_code not in _EXPECTED[what]:
+            self.complain(f"{what} was answered {answer.status_code}: {answer.text}")
+        if answer.status_code == 503 and "retry-after" not in answer.headers:
+            self.complain(f"{what}: 503 without Retry-After")
 
     def tell_status(self, run_id: str, status: str, known: str | None, where: str) -> None:
         """Somebody was told how a run stands who knew, when they asked, that it had ended so."""

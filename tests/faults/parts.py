@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,11 @@ import psutil  # type: ignore[import-untyped]
 
 from switchboard.embedded.servers import PORT, Account, Programs
 
-_STARTS_WITHIN = 60.0
-"""Seconds; no more than a bound on a hang."""
+_STARTS_WITHIN, _ENDS_WITHIN = 60.0, 30.0
+"""Seconds; no more than bounds on a hang."""
+
+
+_ROOT = Path(__file__).parents[2]
 
 
 class Size(NamedTuple):
@@ -43,13 +45,16 @@ class Part:
     is_ready: Callable[[Self], Awaitable[bool]]
     log: Path
     environment: Mapping[str, str] | None = None
+    folder: Path | None = None
+    """In which it is started."""
     account: Account | None = None
-    starts: int = 0
-    ready_at: float = 0.0
-    """When it was last seen to be ready, by the monotonic clock."""
     wanted: bool = False
     """Whether it is started again when it ends."""
+    surprises: list[str] = field(default_factory=list)
+    """When it ended though nobody had asked it to, and how."""
     address: str = ""
+    _told: bool = False
+    """Whether somebody has ended it, or what it needs to run."""
     _process: "subprocess.Popen[bytes] | None" = None
     _watching: asyncio.Task[None] | None = None
     _ready: asyncio.Event = field(default_factory=asyncio.Event)
@@ -91,8 +96,9 @@ class Part:
         """Waits until the program of now has ended; by then another may have begun."""
         process = self._process
         assert process is not None
-        while process.poll() is None:  # noqa: ASYNC110  # nobody tells
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(_ENDS_WITHIN):
+            while process.poll() is None:  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(0.01)
 
     def send(self, signum: signal.Signals) -> None:
         """Sends it to the program, and to what that has started."""
@@ -106,13 +112,14 @@ class Part:
     async def kill(self) -> None:
         """Ends it at once; it is started again."""
         assert self._process is not None
+        self._told = True
         self._ready.clear()
         self._process.send_signal(signal.SIGKILL)
         await self.gone()
 
     async def end(self, signum: signal.Signals) -> None:
         """Tells it to end, and keeps it away until it is wanted again."""
-        self.wanted = False
+        self.wanted, self._told = False, True
         self._ready.clear()
         assert self._process is not None
         self._process.send_signal(signum)
@@ -124,8 +131,9 @@ class Part:
         with contextlib.suppress(psutil.NoSuchProcess):
             if children := psutil.Process(self.pid).children():
                 chance.choice(children).kill()
-        while not await self.is_ready(self):  # noqa: ASYNC110  # nobody tells
-            await asyncio.sleep(0.02)
+        async with asyncio.timeout(_STARTS_WITHIN):
+            while not await self.is_ready(self):  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(0.02)
         self._ready.set()
 
     def want(self) -> None:
@@ -138,6 +146,8 @@ class Part:
     async def _watch(self) -> None:
         while True:
             if self.wanted and (self._process is None or self._process.poll() is not None):
+                if self._process is not None and not self._told:
+                    self.surprises.append(f"{self.name} ended by itself, with {self._process.returncode}")
                 with contextlib.suppress(TimeoutError):
                     await self._start()
             await asyncio.sleep(0.02)
@@ -148,22 +158,25 @@ class Part:
             for pipe in filter(None, (self._process.stdin, self._process.stdout)):
                 pipe.close()
         with self.log.open("ab") as log:
-            self._process = _spawn(self.command(), log, self.environment, self.account)
-        self.starts += 1
+            self._process = _spawn(self.command(), log, self.environment, self.folder, self.account)
+        self._told, self.address = False, ""
         process = self._process
         while process.poll() is None and self.wanted:
             if await self.is_ready(self):
-                self.ready_at = time.monotonic()
                 self._ready.set()
                 return
             await asyncio.sleep(0.02)
 
 
 def _spawn(
-    command: list[str], log: IO[bytes], environment: Mapping[str, str] | None, account: Account | None
+    command: list[str],
+    log: IO[bytes],
+    environment: Mapping[str, str] | None,
+    folder: Path | None,
+    account: Account | None,
 ) -> "subprocess.Popen[bytes]":
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment, **_as(account))
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment, cwd=folder, **_as(account))
 
 
 def postgres(folder: Path, *, durable: bool) -> tuple[Part, str]:
@@ -223,6 +236,11 @@ def valkey(folder: Path) -> tuple[Part, str]:
 def switchboard(name: str, folder: Path, environment: Mapping[str, str], *arguments: str) -> Part:
     """A process of Switchboard's, by the commands that users type."""
     log = folder / f"{name}.log"
+    # Not where the suite was started: there may be a developer's `.env`.
+    environment = {
+        **environment,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
+    }
     command = [sys.executable, "-m", "tests.faults.process", *arguments]
 
     async def is_ready(part: Part) -> bool:
@@ -243,7 +261,7 @@ def switchboard(name: str, folder: Path, environment: Mapping[str, str], *argume
                 await asyncio.sleep(0.02)
         return False
 
-    return Part(name, lambda: command, is_ready, log, environment=environment)
+    return Part(name, lambda: command, is_ready, log, environment=environment, folder=folder)
 
 
 class FullDisk:
@@ -254,7 +272,15 @@ class FullDisk:
         self._filler = folder / "filler"
         self.mounted = False
         if os.geteuid() == 0 and shutil.which("mount"):
-            tried = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=0755", "switchboard-faults", str(folder)]
+            tried = [
+                "mount",
+                "-t",
+                "tmpfs",
+                "-o",
+                f"size={megabytes}m,mode=0755",
+                f"faults-{folder.parent.name}",
+                str(folder),
+            ]
             self.mounted = subprocess.run(tried, capture_output=True, check=False).returncode == 0
 
     async def fill(self) -> None:

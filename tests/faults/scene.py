@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
+import hmac
 import os
 import random
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from switchboard import database
 from switchboard.access import keys, webhooks
 from switchboard.embedded.servers import PORT
+from switchboard.errors import PUBLIC
 from switchboard.happyrobot.simulator import Simulator
 from switchboard.migrate import migrate
 from switchboard.settings import Settings
@@ -40,13 +41,16 @@ TRIGGER_TIMEOUT = 2.0
 class _Noted(httpx.AsyncHTTPTransport):
     """HappyRobot's way to us, which notes what we have said that we have taken."""
 
-    def __init__(self, acknowledged: set[tuple[str, str, str]]) -> None:
+    def __init__(self, acknowledged: set[tuple[str, str, str]], complaints: list[str]) -> None:
         super().__init__(limits=httpx.Limits(max_connections=64, max_keepalive_connections=16))
         self._acknowledged = acknowledged
+        self._complaints = complaints
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         answer = await super().handle_async_request(request)
         body = from_json(request.content)
+        if answer.status_code not in (200, 404, 503):
+            self._complaints.append(f"HappyRobot's callback {body} was answered {answer.status_code}")
         if answer.status_code == 200 and "event_type" in body:
             at = datetime.fromisoformat(body["timestamp"]).isoformat(timespec="milliseconds")
             self._acknowledged.add((body["run_id"], body["event_type"], at))
@@ -63,16 +67,41 @@ class Customer:
     receiver: Receiver
     mood: str = "well"
     """How its server answers: well, badly, late, never."""
-    _told: defaultdict[tuple[str, str], set[str]] = field(default_factory=lambda: defaultdict(set))
-    _looked_at: int = 0
+    secret: str = ""
+    """With which webhooks are signed."""
+    forgeries: list[str] = field(default_factory=list)
+    """Webhooks that were not signed with it, or do not say what they are about."""
+    _told: defaultdict[tuple[str, str], dict[str, "Notice"]] = field(default_factory=lambda: defaultdict(dict))
 
-    def told(self) -> Mapping[tuple[str, str], AbstractSet[str]]:
-        """Under which ids it was told of which events, by execution and event."""
-        requests = self.receiver.requests
-        for request in requests[self._looked_at :]:
-            self._told[request.json["executionId"], request.event].add(request.id)
-        self._looked_at = len(requests)
+    def note(self, request: Request, status: int | None) -> None:
+        """Notes an attempt, and how it was answered."""
+        body = request.json
+        notice = self._told[body["executionId"], body["event"]].setdefault(request.id, Notice())
+        notice.attempts += 1
+        notice.taken |= status == 200
+        notice.texts.add(request.body)
+        signature = hmac.new(self.secret.encode(), request.body, "sha256").hexdigest()
+        signed = request.headers["X-Webhook-Signature"] == f"sha256={signature}"
+        if not signed or request.event != body["event"] or not body["data"]["status"]:
+            self.forgeries.append(f"webhook {request.id} to {self.name} is not right: {request.headers}")
+
+    def told(self) -> Mapping[tuple[str, str], Mapping[str, "Notice"]]:
+        """By execution and event: under which ids."""
         return self._told
+
+
+@dataclass
+class Notice:
+    """What a customer was told under one id."""
+
+    attempts: int = 0
+    taken: bool = False
+    """Whether one of them was answered 200."""
+    texts: set[bytes] = field(default_factory=set)
+
+    @property
+    def bodies(self) -> int:
+        return len(self.texts)
 
 
 @dataclass(eq=False)
@@ -82,6 +111,8 @@ class Scene:
     simulator: Simulator
     acknowledged: set[tuple[str, str, str]]
     """Of HappyRobot's callbacks: run, event type and timestamp of those that we have answered 200."""
+    complaints: list[str]
+    """Of HappyRobot, about how its callbacks were answered."""
     disk: FullDisk
     postgres: Part
     valkey: Part
@@ -108,7 +139,8 @@ class Scene:
     async def connect(self) -> asyncpg.Connection:
         """A connection past all wires."""
         connection = await asyncpg.connect(host=str(self.disk.folder), port=PORT, user="postgres", database="postgres")
-        await connection.set_type_codec("json", encoder=str, decoder=from_json, schema="pg_catalog")
+        for kind in ("json", "jsonb"):
+            await connection.set_type_codec(kind, encoder=str, decoder=from_json, schema="pg_catalog")
         return connection
 
     async def events_between(self, after: int, up_to: int) -> list[asyncpg.Record]:
@@ -133,36 +165,75 @@ class Scene:
             await redis.flushall()
 
     async def until_well(self, within: float) -> float:
-        """Waits until every process serves in full again; returns how many seconds that took.
+        """Waits until everything is served again; returns how many seconds that took.
 
-        One that was started again is given the time that it takes to start. Raises TimeoutError.
+        What was started again is given the time that it takes to start. Raises TimeoutError.
         """
         for part in (self.postgres, self.valkey, *self.processes.values()):
             await part.until_ready()
-        began, what = time.monotonic(), ""
+        began, ailments = (
+            time.monotonic(),
+            dict.fromkeys(["worker", *(part.name for part in self.serving)], "no answer"),
+        )
         try:
-            async with asyncio.timeout(within):
+            async with asyncio.timeout(within), asyncio.TaskGroup() as group:
                 for part in self.serving:
-                    async with httpx.AsyncClient(base_url=part.address, timeout=5) as http:
-                        while what := await _ailment(http):  # noqa: ASYNC110
-                            await asyncio.sleep(0.05)  # nobody tells
+                    group.create_task(self._until_it_serves(part, ailments))
+                group.create_task(self._until_it_works(ailments))
         except TimeoutError:
-            raise TimeoutError(f"{part.name}: {what or 'no answer'}") from None
+            raise TimeoutError("; ".join(f"{name}: {what}" for name, what in ailments.items() if what)) from None
         return time.monotonic() - began
+
+    async def _until_it_serves(self, part: Part, ailments: dict[str, str]) -> None:
+        async with httpx.AsyncClient(base_url=part.address, timeout=5) as http:
+            while ailment := await _ailment(http):
+                ailments[part.name] = ailment
+                await asyncio.sleep(0.05)  # nobody tells
+        ailments[part.name] = ""
+
+    async def _until_it_works(self, ailments: dict[str, str]) -> None:
+        """Until an execution that is accepted now has been started, by a worker, and its owner been told."""
+        customer, body = self.customers[0], {"input": _QUIET, "contextId": "probe"}
+        async with httpx.AsyncClient(base_url=self.front.url, timeout=5) as http:
+            while True:
+                with contextlib.suppress(httpx.TransportError, AttributeError):
+                    answer = await http.post(_EXECUTE, json=body, headers=customer.headers)
+                    ailments["worker"] = f"an execution was answered {answer.status_code}"
+                    if answer.status_code == 202:
+                        break
+                await asyncio.sleep(0.05)  # nobody tells
+        started = (answer.json()["executionId"], "execution.started")
+        ailments["worker"] = f"it does not tell of {started}"
+        while started not in customer.told():  # noqa: ASYNC110  # nobody tells
+            await asyncio.sleep(0.05)
+        ailments["worker"] = ""
+
+
+_EXECUTE = f"{PUBLIC}/agents/default/execute"
+_QUIET = {"simulate": {"faults": "silent"}}
 
 
 async def _ailment(http: httpx.AsyncClient) -> str:
-    """What keeps a process from being ready, or from taking what it has to take; nothing where it is well."""
+    """What keeps a process from doing all that it has to do; nothing where it does."""
     try:
         ready = await http.get("/readyz")
         if ready.status_code != 200 or ready.json()["checks"]["redis"] != "ok":
             return ready.text
-        body = {"run_id": f"nobody_{time.monotonic_ns()}", "event_type": "log"}
-        taken = await http.post("/api/webhooks/happyrobot", json=body, headers={"X-API-KEY": HOOK_KEY})
-        listed = await http.get("/api/happyrobot/runs?limit=1")
-    except httpx.TransportError as error:
+        placed = await http.post("/api/happyrobot/trigger", json={"context_id": "probe"} | _QUIET)
+        if placed.status_code != 200:
+            return f"a trigger was answered {placed.text}"
+        [run_id] = placed.json()["run_ids"]
+        body, headers = {"run_id": run_id, "event_type": "log"}, {"X-API-KEY": HOOK_KEY}
+        async with http.stream("GET", f"/api/events?run_id={run_id}&last_event_id=0") as stream:
+            taken = await http.post("/api/webhooks/happyrobot", json=body, headers=headers)
+            if (taken.status_code, stream.status_code) != (200, 200):
+                return f"a callback was answered {taken.text}, a stream {stream.status_code}"
+            async for line in stream.aiter_lines():
+                if line.startswith("data:") and '"log"' in line:
+                    break
+    except (httpx.TransportError, AttributeError) as error:
         return type(error).__name__
-    return "" if (taken.status_code, listed.status_code) == (404, 200) else f"{taken.text} {listed.text}"
+    return ""
 
 
 @contextlib.asynccontextmanager
@@ -188,12 +259,13 @@ async def staged(
         stack.push_async_callback(db.dispose)
 
         acknowledged: set[tuple[str, str, str]] = set()
+        complaints: list[str] = []
         simulator = Simulator(
             hook_key=HOOK_KEY,
             api_key=API_KEY,
             pace=0.03,
             backoff=(0.1, 0.4, 1.0, 3.0, 6.0),
-            transport=_Noted(acknowledged),
+            transport=_Noted(acknowledged, complaints),
         )
         at, _ = await stack.enter_async_context(serving(lambda _: simulator.app))
         to_happyrobot = await stack.enter_async_context(wired("HappyRobot", ("127.0.0.1", int(at.rpartition(":")[2]))))
@@ -235,6 +307,7 @@ async def staged(
             folder,
             simulator,
             acknowledged,
+            complaints,
             disk,
             its_postgres,
             its_valkey,
@@ -266,18 +339,23 @@ async def _point(scene: Scene) -> None:
 @contextlib.asynccontextmanager
 async def _customer(scene: Scene, name: str, mood: str) -> AsyncIterator[Customer]:
     async def answer(request: Request, writer: asyncio.StreamWriter) -> None:
-        if customer.mood == "never":
-            await asyncio.Event().wait()
-        if customer.mood == "late":
-            await asyncio.sleep(scene.chance.uniform(0.2, 1.5))
-        well = customer.mood != "badly" or scene.chance.random() < 0.5
-        await reply(writer, 200 if well else 500)
+        status: int | None = None
+        try:
+            if customer.mood == "never":
+                await asyncio.Event().wait()
+            if customer.mood == "late":
+                await asyncio.sleep(scene.chance.uniform(0.2, 1.5))
+            status = 500 if customer.mood == "badly" and scene.chance.random() < 0.5 else 200
+            await reply(writer, status)
+        finally:
+            customer.note(request, status)
 
     async with receiving(answer) as receiver:
         settings = Settings(_env_file=None, app_secret=SecretStr(APP_SECRET), allow_private_webhooks=True)
         async with scene.db.begin() as conn:
             made, secret = await keys.create(conn, name, [KeyScope.PUBLIC], burst=1_000_000)
-            await webhooks.point(conn, settings, made.id, receiver.url, tuple(WebhookEvent))
+            signing = await webhooks.point(conn, settings, made.id, receiver.url, tuple(WebhookEvent))
+        assert signing is not None
         headers = {"Authorization": f"Bearer {secret.get_secret_value()}"}
-        customer = Customer(name, made.id, headers, receiver, mood)
+        customer = Customer(name, made.id, headers, receiver, mood, signing.get_secret_value())
         yield customer
