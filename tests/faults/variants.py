@@ -1,6 +1,7 @@
 """Ways to break Switchboard that nobody would notice on a good day; a campaign has to notice each of them."""
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -10,17 +11,21 @@ from uuid import uuid4
 import httpx
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from switchboard import worker
 from switchboard.access import webhooks
 from switchboard.deliveries.outbox import Report
-from switchboard.events import NewEvent
+from switchboard.events import Event, NewEvent
 from switchboard.executions import ends_of
 from switchboard.happyrobot import client
+from switchboard.live.hub import Hub
+from switchboard.live.messages import Frame
 from switchboard.runs.appending import append, plain
 from switchboard.runs.intake import Intake
 from switchboard.runs.sorting import Recorded
 from switchboard.runs.status import Standing
 from switchboard.settings import Settings
 from switchboard.tables import RunStatus
+from switchboard.watch import Watch
 
 
 def _put(module: str, name: str, make: Callable[[Any], Any]) -> None:
@@ -128,6 +133,79 @@ def _goes_back() -> None:
     _put("runs.sorting", "advance", lambda _: advance)
 
 
+def _loses_contents() -> None:
+    """What logs say is lost."""
+
+    def emptied(genuine: Callable[..., NewEvent]) -> Callable[..., NewEvent]:
+        def read_callback(*arguments: Any) -> NewEvent:
+            event = genuine(*arguments)
+            return replace(event, data={}) if event.event_type == "log" else event
+
+        return read_callback
+
+    _put("callbacks", "read_callback", emptied)
+
+
+def _names_wrongly() -> None:
+    """A browser that comes back resumes with the id of another event."""
+    genuine = Frame.__init__
+
+    def init(self: Frame, event: Event, line: bytes, written_at: float | None = None) -> None:
+        genuine(self, event, line, written_at)
+        self.sse = b"id: %d\ndata: %b\n\n" % (event.id + 1, line)
+
+    Frame.__init__ = init  # type: ignore[method-assign]
+
+
+def _goes_on_behind_gaps() -> None:
+    """What another process has written, and Redis has lost, is left out of the streams."""
+
+    async def skip(self: Hub) -> None:
+        frames = [self._early[number] for number in sorted(self._early) if number > (self._cursor or 0)]
+        self._early.clear()
+        self._mind_the_gap(None)
+        self._show(frames)
+
+    Hub._catch_up = skip  # type: ignore[method-assign]
+
+
+def _signs_wrongly() -> None:
+    """Webhooks are signed with something else."""
+
+    def signed(genuine: Callable[..., dict[str, str]]) -> Any:
+        return lambda secrets, **more: genuine([f"not {secret}" for secret in secrets], **more)
+
+    _put("deliveries.delivering", "headers", signed)
+
+
+def _turns_decisions() -> None:
+    """Whoever approves has rejected."""
+    _put("runs.decisions", "_body", lambda genuine: lambda approval: genuine(approval) | {"decision": "rejected"})
+
+
+def _ends_without_postgresql() -> None:
+    """A process ends where PostgreSQL is away; somebody will start it again."""
+    Watch._has_gone = lambda *_: os._exit(3)  # type: ignore[method-assign]
+
+
+def _works_no_more() -> None:
+    """A worker that PostgreSQL has left stays idle."""
+    has_gone, answered = Watch._has_gone, worker._Driver._answered
+    left = asyncio.Event()
+
+    def noticed(self: Watch, error: BaseException) -> None:
+        left.set()
+        has_gone(self, error)
+
+    async def idle(self: Any, ask: Any) -> Any:
+        while left.is_set():  # noqa: ASYNC110  # for ever
+            await asyncio.sleep(1)
+        return await answered(self, ask)
+
+    Watch._has_gone = noticed  # type: ignore[method-assign]
+    worker._Driver._answered = idle  # type: ignore[method-assign]
+
+
 VARIANTS: dict[str, Callable[[], None]] = {
     "copies count": _copies_count,
     "answers first": _answers_first,
@@ -135,4 +213,11 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "calls again": _calls_again,
     "remembers webhooks": _remembers_webhooks,
     "goes back": _goes_back,
+    "loses contents": _loses_contents,
+    "names wrongly": _names_wrongly,
+    "goes on behind gaps": _goes_on_behind_gaps,
+    "signs wrongly": _signs_wrongly,
+    "turns decisions": _turns_decisions,
+    "ends without PostgreSQL": _ends_without_postgresql,
+    "works no more": _works_no_more,
 }
