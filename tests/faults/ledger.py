@@ -83,7 +83,8 @@ class Book:
 
     def copy(self) -> "Book":
         """As it is now: what is acknowledged later may not be in the database yet when that is looked at."""
-        return replace(self, intents=[replace(intent) for intent in self.intents], acknowledged=set(self.acknowledged))
+        intents = [replace(intent) for intent in self.intents]
+        return replace(self, intents=intents, acknowledged=set(self.acknowledged), finals=dict(self.finals))
 
     def complain(self, what: str) -> None:
         if len(self.complaints) < 50:
