@@ -129,15 +129,15 @@ async def test_a_job_that_could_not_be_put_off_is_not_lost(
 ):
     """PostgreSQL went away between the question and the note of when to ask again."""
     failed = asyncio.Event()
-    genuine = Queries.retry_job
+    genuine = jobs._Queries.retry_job
 
-    async def once_in_vain(self: Queries, *arguments: Any) -> None:
+    async def once_in_vain(self: jobs._Queries, *arguments: Any) -> None:
         if not failed.is_set():
             failed.set()
             raise OSError("PostgreSQL is away")
         await genuine(self, *arguments)
 
-    monkeypatch.setattr(Queries, "retry_job", once_in_vain)
+    monkeypatch.setattr(jobs._Queries, "retry_job", once_in_vain)
     router = respx.MockRouter()
     answers = iter(["running"])
     router.get(path__regex=r"/api/v1/runs/.+").mock(
@@ -149,7 +149,8 @@ async def test_a_job_that_could_not_be_put_off_is_not_lost(
         db = service.state["db"]
         run_id = await insert_run(db, context_id)
         await sweep(db, service.state["intake"], 0.1, 1800)
-        await failed.wait()
+        async with asyncio.timeout(60):
+            await failed.wait()
 
         async def held() -> bool:
             return bool((await waiting(db, run_id)).status == "failed")

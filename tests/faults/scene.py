@@ -263,7 +263,7 @@ async def staged(
         simulator = Simulator(
             hook_key=HOOK_KEY,
             api_key=API_KEY,
-            pace=0.03,
+            pace=0.01,
             backoff=(0.1, 0.4, 1.0, 3.0, 6.0),
             transport=_Noted(acknowledged, complaints),
         )
