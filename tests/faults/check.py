@@ -168,7 +168,10 @@ _DECIDED = {"approve": "approved", "reject": "rejected"}
 
 
 def _decisions(scene: Scene, book: Book, facts: _Facts, found: Findings) -> None:
-    """HappyRobot is told what was decided, and nothing else."""
+    """HappyRobot is told what was decided, and nothing else; of a run that was stopped before, nothing."""
+    of_it: defaultdict[str | None, list[Run]] = defaultdict(list)
+    for story in facts.stories.values():
+        of_it[story.payload["execution_id"]].append(story)
     wanted = {intent.execution_id: _DECIDED[intent.decision] for intent in book.intents if intent.decision}
     told: defaultdict[str, set[str]] = defaultdict(set)
     for decision in scene.simulator.decisions:
@@ -177,7 +180,7 @@ def _decisions(scene: Scene, book: Book, facts: _Facts, found: Findings) -> None
     for execution_id, verdict in wanted.items():
         if (said := told.get(execution_id or "", set())) - {verdict}:
             found.wrong.append(f"execution {execution_id} is {verdict}, and HappyRobot was told {said}")
-        elif not said:
+        elif not said and any(not story.over for story in of_it[execution_id]):
             found.open.append(f"HappyRobot was not told that execution {execution_id} is {verdict}")
 
 
