@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -156,3 +157,13 @@ async def test_it_becomes_ready_with_the_migration(servers: Servers):
 async def test_on_a_newer_schema_it_is_ready_for_a_deployment_has_begun(own_database: str, servers: Servers):
     await run_sql(own_database, "UPDATE alembic_version SET version_num = 'of a version to come'")
     assert await told(own_database, servers.redis_url) == (200, READY)
+
+
+async def test_a_redis_that_fails_in_a_way_of_uvloop_s_is_away(
+    database_url: str, servers: Servers, monkeypatch: pytest.MonkeyPatch
+):
+    async with running_service(settings_for(database_url, servers.redis_url, None)) as service:
+        closed = Mock(side_effect=RuntimeError("unable to perform operation on <TCPTransport closed=True>"))
+        monkeypatch.setattr(service.state["redis"], "ping", closed)
+        status, said = await asked(service)
+    assert (status, said["status"], said["checks"]["redis"]) == (200, "degraded", "away")

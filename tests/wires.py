@@ -133,10 +133,6 @@ class Wire:
             with contextlib.suppress(OSError, RuntimeError):
                 writer.write_eof()
 
-    @property
-    def connections(self) -> int:
-        return len(self._open)
-
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             there, far = await self._reach()

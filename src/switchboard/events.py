@@ -12,7 +12,7 @@ from sqlalchemy import Row, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.jobs import Job
-from switchboard.portions import until_heavy
+from switchboard.portions import kept, until_heavy
 from switchboard.sight import Sight
 from switchboard.tables import RunStatus, run_events
 
@@ -200,5 +200,5 @@ async def read_events(conn: AsyncConnection, scope: Scope, *, after: int, limit:
     if up_to is not None:
         query = query.where(run_events.c.id <= up_to)
     rows = (await conn.execute(until_heavy(query, "data", _HEAVY, lambda column: [column.id]))).all()
-    kept = rows[:limit]
-    return Page([Event.of(row) for row in kept], more=bool(rows) and rows[0].there > len(kept))
+    page, more = kept(rows, limit)
+    return Page([Event.of(row) for row in page], more)

@@ -3,10 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, Text, case, cast, func, select
+from sqlalchemy import ColumnElement, Row, Select, Text, case, cast, func, select
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 Columns = ReadOnlyColumnCollection[str, ColumnElement[Any]]
+
+
+def kept(rows: Sequence[Row[Any]], limit: int) -> tuple[Sequence[Row[Any]], bool]:
+    """The first rows of such a query, and whether it has others behind them."""
+    return rows[:limit], bool(rows) and rows[0].there > min(len(rows), limit)
 
 
 def until_heavy(

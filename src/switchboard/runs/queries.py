@@ -33,7 +33,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard.errors import BadRequest, NotFound
 from switchboard.happyrobot.addresses import platform_url
-from switchboard.portions import until_heavy
+from switchboard.portions import kept, until_heavy
 from switchboard.settings import Settings
 from switchboard.sight import Sight
 from switchboard.tables import RunStatus, agent_runs, run_events, workflows
@@ -199,8 +199,7 @@ async def list_runs(conn: AsyncConnection, wanted: Filter, sight: Sight, *, limi
     if cursor is not None:
         parameters["before_id"] = cursor.id
     rows = (await conn.execute(query, parameters | {"one_more": limit + 1, "heavy": _RESULT_BYTES})).all()
-    runs = rows[:limit]
-    return Page(runs, more=bool(rows) and rows[0].there > len(runs))
+    return Page(*kept(rows, limit))
 
 
 _wanted = func.unnest(bindparam("run_ids", type_=ARRAY(String))).table_valued("run_id").render_derived("wanted")
