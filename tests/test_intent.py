@@ -750,3 +750,17 @@ async def test_a_process_that_is_killed_leaves_the_truth_and_never_a_second_call
             assert (again.status_code, again.json()["run_ids"]) == (200, [run.id])
             assert (await execution(db, str(execution_id))).status == "completed"
     assert calls_of(own_upstream, context_id) == calls
+
+
+async def test_who_placed_a_call_knows_better_than_the_sweep(service: Service, db: AsyncEngine, context_id: str):
+    """What became of it could not be written for so long that it counted as unknown."""
+    unknown, failed = ExecutionStatus.SUBMISSION_UNKNOWN, ExecutionStatus.FAILED
+    execution_id = uuid4()
+    async with db.begin() as conn:
+        values = {"id": execution_id, "workflow_id": "default", "context_id": context_id, "input": {}}
+        await conn.execute(executions.insert().values(values))
+    for said, stands in ((unknown, unknown), (failed, failed), (unknown, failed)):
+        await service.state["intake"].take(Unconfirmed(execution_id, said, "why"))
+        async with db.connect() as conn:
+            query = select(executions.c.status).where(executions.c.id == execution_id)
+            assert await conn.scalar(query) == stands
