@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import json
 import ssl
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import chain, repeat
@@ -164,7 +163,7 @@ class Cast:
     async def _decide(self, intent: Intent) -> None:
         assert intent.customer is not None
         path, headers = f"{PUBLIC}/executions/{intent.execution_id}", intent.customer.headers
-        verdict, began = self.scene.chance.choice(["approve", "reject"]), time.monotonic()
+        verdict = self.scene.chance.choice(["approve", "reject"])
         async for answer in self._asking(
             self.website, "a question", f"{path}/pending-approval", None, headers, again=True
         ):
@@ -175,7 +174,7 @@ class Cast:
                 continue
             if status.json()["status"] in ("completed", "failed", "cancelled"):
                 return  # the call came to nothing before it had asked
-            if time.monotonic() > began + PATIENCE and not self._is_called(intent):
+            if await self.scene.was_given_up(intent.execution_id) and not self._is_called(intent):
                 return  # nobody knows whether it was placed, and it was not
         else:
             return

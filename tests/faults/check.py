@@ -164,9 +164,6 @@ def _answers(book: Book, facts: _Facts, found: Findings) -> None:
 _DECIDED = {"approve": "approved", "reject": "rejected"}
 
 
-_DECIDED = {"approve": "approved", "reject": "rejected"}
-
-
 def _decisions(scene: Scene, book: Book, facts: _Facts, found: Findings) -> None:
     """HappyRobot is told what was decided, and nothing else; of a run that was stopped before, nothing."""
     of_it: defaultdict[str | None, list[Run]] = defaultdict(list)

@@ -135,8 +135,13 @@ async def _flush(scene: Scene) -> None:
     await scene.flush_valkey()
 
 
-async def _both(scene: Scene) -> None:
+async def _no_service(scene: Scene) -> None:
     for part in scene.serving:
+        await part.kill()
+
+
+async def _no_worker(scene: Scene) -> None:
+    for part in scene.working:
         await part.kill()
 
 
@@ -168,7 +173,9 @@ FAULTS: tuple[Fault, ...] = (
     *_of_a_part("one", lambda scene: scene.processes["one"]),
     *_of_a_part("other", lambda scene: scene.processes["other"]),
     *_of_a_part("worker", lambda scene: scene.processes["worker"]),
-    Fault("all that serve are killed", "one", _both, _all_ready),
+    *_of_a_part("other worker", lambda scene: scene.processes["other worker"]),
+    Fault("all that serve are killed", "one", _no_service, _all_ready),
+    Fault("all workers are killed", "worker", _no_worker, _all_ready),
     *_of_a_part("PostgreSQL", lambda scene: scene.postgres),
     Fault("PostgreSQL crashes", "PostgreSQL", _crash, _postgres_ready),
     Fault("a session of PostgreSQL is killed", "PostgreSQL", _kill_a_session, _postgres_ready),

@@ -250,9 +250,11 @@ def switchboard(name: str, folder: Path, environment: Mapping[str, str], *argume
         said = (await asyncio.to_thread(process.stdout.readline)).decode()
         if not said:
             return False
+        last = said.split()[-1]
         if arguments[0] == "worker":
+            part.address = f"http://127.0.0.1:{last}"
             return True
-        part.address = said.split()[-1]
+        part.address = last
         async with httpx.AsyncClient(base_url=part.address, timeout=5) as http:
             while process.poll() is None:
                 with contextlib.suppress(httpx.TransportError):

@@ -15,12 +15,13 @@ from typing import Any
 
 import asyncpg
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 from pydantic_core import from_json
 from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from switchboard import database
+from switchboard import database, jobs
 from switchboard.access import keys, webhooks
 from switchboard.embedded.servers import PORT
 from switchboard.errors import PUBLIC
@@ -33,6 +34,8 @@ from tests.faults.parts import FullDisk, Part, postgres, switchboard, valkey
 from tests.faults.process import CLOCK, HASTE, VARIANT
 from tests.receiver import Receiver, Request, receiving, reply
 from tests.wires import Wire, wired
+
+WORKERS = ("worker", "other worker")
 
 RECONCILE_AFTER = 1.0
 TRIGGER_TIMEOUT = 2.0
@@ -129,7 +132,11 @@ class Scene:
 
     @property
     def serving(self) -> list[Part]:
-        return [part for part in self.processes.values() if part.name != "worker"]
+        return [part for part in self.processes.values() if part.name not in WORKERS]
+
+    @property
+    def working(self) -> list[Part]:
+        return [part for part in self.processes.values() if part.name in WORKERS]
 
     def set_clock(self, ahead: float) -> None:
         fresh = self.clock.with_suffix(".new")
@@ -159,6 +166,47 @@ class Scene:
         finally:
             await connection.close()
 
+    async def was_given_up(self, execution_id: str | None) -> bool:
+        """Whether nobody waits any more to hear if an execution's call was placed; false where that is not known."""
+        try:
+            connection = await self.connect()
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            return False
+        try:
+            query = "SELECT status = 'submission_unknown' FROM executions WHERE id = $1"
+            return bool(await connection.fetchval(query, execution_id))
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            return False
+        finally:
+            connection.terminate()
+
+    async def leftovers(self) -> list[str]:
+        """What is there though nobody has anything to do any more, and would be there for ever."""
+        connection = await self.connect()
+        try:
+            queue = await connection.fetch(f"SELECT entrypoint, status::text, payload FROM {jobs.NAMES.queue_table}")
+            held = await connection.fetch("SELECT run_id FROM held_callbacks JOIN agent_runs USING (run_id)")
+            idle = await connection.fetch(
+                "SELECT query FROM pg_stat_activity"
+                " WHERE state LIKE 'idle in transaction%' AND xact_start < now() - interval '10 s'"
+            )
+        finally:
+            await connection.close()
+        async with Redis.from_url(f"unix://{self.folder / 'valkey.sock'}") as redis:
+            kept = [key async for key in redis.scan_iter() if await redis.ttl(key) == -1]
+        # Of which HappyRobot's API would tell nothing: their records are asked for, for as long as that is worth while.
+        silent = {run.id for run in self.simulator.runs.values() if run.faults.api_answer}
+        return [
+            *(
+                f"a job to {job['entrypoint']} {job['payload'].decode()} is {job['status']}"
+                for job in queue
+                if job["payload"].decode() not in silent
+            ),
+            *(f"a callback of run {row['run_id']} is held, though that is known" for row in held),
+            *(f"a transaction is open after {row['query']}" for row in idle),
+            *(f"Valkey keeps {key} for ever" for key in kept),
+        ]
+
     async def flush_valkey(self) -> None:
         """Makes it forget everything."""
         async with Redis.from_url(f"unix://{self.folder / 'valkey.sock'}") as redis:
@@ -171,15 +219,12 @@ class Scene:
         """
         for part in (self.postgres, self.valkey, *self.processes.values()):
             await part.until_ready()
-        began, ailments = (
-            time.monotonic(),
-            dict.fromkeys(["worker", *(part.name for part in self.serving)], "no answer"),
-        )
+        began, ailments = time.monotonic(), dict.fromkeys([*self.processes, "webhooks"], "no answer")
         try:
             async with asyncio.timeout(within), asyncio.TaskGroup() as group:
                 for part in self.serving:
                     group.create_task(self._until_it_serves(part, ailments))
-                group.create_task(self._until_it_works(ailments))
+                group.create_task(self._until_they_work(ailments))
         except TimeoutError:
             raise TimeoutError("; ".join(f"{name}: {what}" for name, what in ailments.items() if what)) from None
         return time.monotonic() - began
@@ -191,26 +236,42 @@ class Scene:
                 await asyncio.sleep(0.05)  # nobody tells
         ailments[part.name] = ""
 
-    async def _until_it_works(self, ailments: dict[str, str]) -> None:
-        """Until an execution that is accepted now has been started, by a worker, and its owner been told."""
-        customer, body = self.customers[0], {"input": _QUIET, "contextId": "probe"}
+    async def _until_they_work(self, ailments: dict[str, str]) -> None:
+        """Until every worker starts executions and tells of them, and all that were accepted here were told of."""
+        customer, body, started = self.customers[0], {"input": _QUIET, "contextId": "probe"}, set[tuple[str, str]]()
         async with httpx.AsyncClient(base_url=self.front.url, timeout=5) as http:
-            while True:
+            before = {part.name: await _work_done(http, part) for part in self.working}
+            while any(ailments[part.name] for part in self.working):
                 with contextlib.suppress(httpx.TransportError, AttributeError):
                     answer = await http.post(_EXECUTE, json=body, headers=customer.headers)
-                    ailments["worker"] = f"an execution was answered {answer.status_code}"
+                    ailments["webhooks"] = f"an execution was answered {answer.status_code}"
                     if answer.status_code == 202:
-                        break
+                        started.add((answer.json()["executionId"], "execution.started"))
+                await asyncio.sleep(0.1)  # nobody tells who takes it
+                for part in self.working:
+                    done = await _work_done(http, part)
+                    idle = [what for what in done if done[what] == before[part.name][what]]
+                    ailments[part.name] = f"no {', no '.join(idle)} of {len(started)}" if idle else ""
+            while untold := started - customer.told().keys():
+                ailments["webhooks"] = f"{customer.name} was not told of {untold}"
                 await asyncio.sleep(0.05)  # nobody tells
-        started = (answer.json()["executionId"], "execution.started")
-        ailments["worker"] = f"it does not tell of {started}"
-        while started not in customer.told():  # noqa: ASYNC110  # nobody tells
-            await asyncio.sleep(0.05)
-        ailments["worker"] = ""
+        ailments["webhooks"] = ""
 
 
 _EXECUTE = f"{PUBLIC}/agents/default/execute"
 _QUIET = {"simulate": {"faults": "silent"}}
+
+
+async def _work_done(http: httpx.AsyncClient, worker: Part) -> dict[str, float]:
+    """How many calls and webhooks a worker has sent since it was started, whatever became of them."""
+    families = text_string_to_metric_families((await http.get(f"{worker.address}/metrics")).text)
+    samples = [sample for family in families for sample in family.samples]
+    calls = [sample.value for sample in samples if sample.name == _CALLS and sample.labels["call"] == "trigger"]
+    webhooks = [sample.value for sample in samples if sample.name == _WEBHOOKS]
+    return {"calls": sum(calls), "webhooks": sum(webhooks)}
+
+
+_CALLS, _WEBHOOKS = "switchboard_upstream_requests_total", "switchboard_delivery_attempts_total"
 
 
 async def _ailment(http: httpx.AsyncClient) -> str:
@@ -264,7 +325,8 @@ async def staged(
             hook_key=HOOK_KEY,
             api_key=API_KEY,
             pace=0.01,
-            backoff=(0.1, 0.4, 1.0, 3.0, 6.0),
+            # Beyond the longest fault: what HappyRobot never says must be what it was told not to say.
+            backoff=(0.1, 0.4, 1.0, 3.0, 6.0, 10.0, 10.0),
             transport=_Noted(acknowledged, complaints),
         )
         at, _ = await stack.enter_async_context(serving(lambda _: simulator.app))
@@ -300,7 +362,7 @@ async def staged(
         processes = {
             "one": switchboard("one", folder, environment, *serve, "--no-worker"),
             "other": switchboard("other", folder, environment, *serve, "--no-worker"),
-            "worker": switchboard("worker", folder, environment, "worker"),
+            **{name: switchboard(name, folder, environment, "worker", "--metrics-port", "0") for name in WORKERS},
         }
         scene = Scene(
             chance,

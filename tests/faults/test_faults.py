@@ -69,6 +69,16 @@ async def test_nothing_is_lost_whatever_fails(scene: Scene):
 
 
 @pytest.mark.large
+async def test_it_is_not_the_faults_that_are_caught(scene: Scene):
+    plans = {tuple(plan): plan for plan, _ in CAUGHT.values()}
+    async with Campaign(scene, say=print, back_within=30, goes_on_after=0, closes_within=120) as campaign:
+        for plan in plans.values():
+            await campaign.round(drawn_up(scene, plan))
+        tally = await campaign.finish()
+    assert tally.rounds == len(plans) > 5
+
+
+@pytest.mark.large
 @pytest.mark.parametrize("scene", sorted(VARIANTS), indirect=True)
 async def test_a_service_that_breaks_a_promise_is_caught(scene: Scene, request: pytest.FixtureRequest):
     plan, words = CAUGHT[request.node.callspec.params["scene"]]
