@@ -330,14 +330,20 @@ async def test_a_failure_is_told_even_if_it_cannot_be_written_down(
     async def fail(*_: object) -> None:
         raise PostgresAway("gone")
 
-    monkeypatch.setattr(Intake, "take", fail)
     router = respx.MockRouter()
     router.post("/hooks/test").respond(400)
     async with answering(router, database_url, servers) as service:
-        answer = await service.http.post(URL, json={"context_id": context_id})
-    assert (answer.status_code, answer.json()["status"]) == (502, "failed")
-    # A worker settles it once its time is over.
-    assert (await execution(db, answer.json()["execution_id"])).status == "pending"
+        with monkeypatch.context() as away:
+            away.setattr(Intake, "take", fail)
+            away.setattr(triggers, "_PATIENCE", 0.5)
+            answer = await service.http.post(URL, json={"context_id": context_id})
+            assert (answer.status_code, answer.json()["status"]) == (502, "failed")
+            assert (await execution(db, answer.json()["execution_id"])).status == "pending"
+
+        async def is_written_down() -> bool:
+            return (await execution(db, answer.json()["execution_id"])).status == "failed"
+
+        await until(is_written_down)
 
 
 async def test_an_empty_workflow_is_the_default_one(service: Service, context_id: str):

@@ -247,18 +247,19 @@ class Cast:
                 body = {"specversion": "1.0", "id": marker, "source": "s", "type": "note", "data": data}
             case _:
                 headers["X-Webhook-Id"] = marker
-        last = None
+        unknown = False
         for pause in chain((0.1, 0.2, 0.4, 0.8), repeat(1.5, 20)):
-            last = await self._once(
+            answer = await self._once(
                 self.happyrobot, "POST", "/api/webhooks/happyrobot", headers, content=json.dumps(body)
             )
-            if last is not None:
-                self.book.note("a callback", last)
-                if last.status_code == 200:
+            if answer is not None:
+                self.book.note("a callback", answer)
+                if answer.status_code == 200:
                     self.book.acknowledged.add(marker)
                     return
+                unknown |= answer.status_code == 404  # nobody has named its run, and perhaps nobody will
             await asyncio.sleep(pause)
-        if last is None or last.status_code != 404:  # of a run that nobody has named
+        if not unknown:
             self.book.complain(f"callback {marker} of run {run_id} was not taken for half a minute")
 
     # Who looks
