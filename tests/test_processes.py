@@ -158,7 +158,7 @@ async def test_a_worker_of_its_own_does_what_a_service_without_one_leaves(
             )
             with elsewhere, local.child("serve", "--port", "0", "--no-migrate", "--no-worker") as address:
                 async with client(address) as http:
-                    body = {"context_id": context_id, "simulate": {"faults": "drop_final"}}
+                    body = {"context_id": context_id, "simulate": {"faults": "silent"}}
                     answer = await http.post("/api/happyrobot/trigger", json=body)
                     run_id = answer.json()["run_ids"][0]
                     async with httpx.AsyncClient(base_url=simulator) as there:

@@ -632,11 +632,11 @@ async def test_runs_are_recorded_however_long_postgresql_is_away(
             intake, away = service.state["intake"], Counter[str]()
             take = intake.take
 
-            async def away_for_a_while(news: News) -> Outcome:
+            async def away_for_a_while(news: News, size: int = 0) -> Outcome:
                 if isinstance(news, NewRuns) and away["times"] < 20:
                     away["times"] += 1
                     raise PostgresAway("PostgreSQL takes no connection")
-                return await take(news)
+                return await take(news, size)
 
             monkeypatch.setattr(intake, "take", away_for_a_while)
             website = await new_website(service, service.state["db"])

@@ -341,7 +341,7 @@ async def test_a_failure_is_told_even_if_it_cannot_be_written_down(
             assert (await execution(db, answer.json()["execution_id"])).status == "pending"
 
         async def is_written_down() -> bool:
-            return (await execution(db, answer.json()["execution_id"])).status == "failed"
+            return bool((await execution(db, answer.json()["execution_id"])).status == "failed")
 
         await until(is_written_down)
 
