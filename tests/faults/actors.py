@@ -34,6 +34,9 @@ _CUT = (httpx.TransportError, AttributeError)
 _BROWSERS = 8
 """In one round."""
 
+_AT_ONCE = 60
+"""Deeds of one round that may be under way: of more, this process would be the one that is slow."""
+
 _RETRIES_FOR = 200.0
 """Seconds for which a client repeats what it may repeat."""
 
@@ -67,11 +70,12 @@ class Cast:
             self.book.complain(f"an actor fails: {error!r}")
 
     def repeat(self, deed: Callable[[], Awaitable[None]], a_second: float) -> None:
-        """Lets something be done so often, each time whether or not the one before is done."""
+        """Lets something be done so often, each time whether or not the one before is done, unless too many wait."""
 
         async def again() -> None:
             while not self._stopped.is_set():
-                self.begin(deed)
+                if len(self._tasks) < _AT_ONCE:
+                    self.begin(deed)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopped.wait(), self.scene.chance.expovariate(a_second))
 
