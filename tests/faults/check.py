@@ -199,15 +199,23 @@ def _timelines(book: Book, facts: _Facts, found: Findings) -> None:
 
 
 def _results(acknowledged: AbstractSet[_Name], facts: _Facts, found: Findings) -> None:
-    """What a call came to, if HappyRobot has told it, is what its run shows."""
+    """What a call came to, if HappyRobot has told it, is what its run shows: the first that it has told."""
+    first: dict[str, Any] = {}
+    for row in facts.events:
+        if row["event_type"] == "completed":
+            first.setdefault(row["run_id"], row["data"])
     for story in facts.stories.values():
         last = story.events[-1] if story.events else None
         if last is None or story.status != "completed" or story.id not in facts.runs:
             continue
         name = (story.id, "completed", _to_the_millisecond(datetime.fromisoformat(last["timestamp"])))
         metadata = facts.runs[story.id]["metadata"]
-        if name in acknowledged and metadata.get("result") != story.ending:
-            found.wrong.append(f"run {story.id} came to {story.ending}, and shows {metadata.get('result')}")
+        if name not in acknowledged:
+            continue
+        # Unless somebody was faster with a lie: that it was over was known by then, and how was not.
+        came_to = first[story.id] if "marker" in first.get(story.id, {}) else story.ending
+        if metadata.get("result") != came_to:
+            found.wrong.append(f"run {story.id} came to {came_to}, and shows {metadata.get('result')}")
 
 
 def _ends(facts: _Facts, found: Findings) -> None:
