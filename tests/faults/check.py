@@ -303,11 +303,8 @@ def _webhooks(cast: Cast, customer: Customer, facts: _Facts, found: Findings) ->
     mine = {execution_id for execution_id, row in facts.executions.items() if row["key_id"] == customer.key_id}
     told = customer.told()
     # Of these one run may have ended before anybody had heard of another.
-    of_several = {
-        execution_id
-        for execution_id, runs in Counter(str(run["execution_id"]) for run in facts.runs.values()).items()
-        if runs > 1
-    }
+    stories = Counter(story.payload["execution_id"] for story in facts.stories.values())
+    of_several = {execution_id for execution_id, runs in stories.items() if runs > 1}
     for (execution_id, event), notices in told.items():
         again = execution_id in of_several and event in _TOLD_AT_THE_END.values()
         if execution_id in mine and len(notices) > 1 and not again:
