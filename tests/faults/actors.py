@@ -14,7 +14,7 @@ from itertools import chain, repeat
 from typing import Any
 
 import httpx
-from httpx_sse import ServerSentEvent, SSEError, aconnect_sse
+from httpx_sse import ServerSentEvent, aconnect_sse
 from pydantic_core import to_json
 
 from switchboard.errors import PUBLIC
@@ -34,10 +34,13 @@ _CUT = (httpx.TransportError, AttributeError)
 _BROWSERS = 8
 """In one round."""
 
+_IN_VAIN = 10
+"""Looks for a call that was given up and not placed, after which it will not be: it may have been on its way."""
+
 _AT_ONCE = 60
 """Deeds of one round that may be under way: of more, this process would be the one that is slow."""
 
-_RETRIES_FOR = 200.0
+_RETRIES_FOR = 400.0
 """Seconds for which a client repeats what it may repeat."""
 
 
@@ -167,7 +170,7 @@ class Cast:
     async def _decide(self, intent: Intent) -> None:
         assert intent.customer is not None
         path, headers = f"{PUBLIC}/executions/{intent.execution_id}", intent.customer.headers
-        verdict = self.scene.chance.choice(["approve", "reject"])
+        verdict, in_vain = self.scene.chance.choice(["approve", "reject"]), 0
         async for answer in self._asking(
             self.website, "a question", f"{path}/pending-approval", None, headers, again=True
         ):
@@ -178,10 +181,14 @@ class Cast:
                 continue
             if status.json()["status"] in ("completed", "failed", "cancelled"):
                 return  # the call came to nothing before it had asked
-            if await self.scene.was_given_up(intent.execution_id) and not self._is_called(intent):
+            # While a fault lasts it may still be on its way.
+            given_up = self._stopped.is_set() and await self.scene.was_given_up(intent.execution_id)
+            in_vain = in_vain + 1 if given_up and not self._is_called(intent) else 0
+            if in_vain > _IN_VAIN:
                 return  # nobody knows whether it was placed, and it was not
         else:
             return
+        intent.verdict = verdict
         async for _ in self._asking(self.website, "a decision", f"{path}/{verdict}", {}, headers, again=True):
             intent.decision = verdict
             return
@@ -219,7 +226,9 @@ class Cast:
 
     async def _get(self, what: str, path: str, headers: dict[str, str] | None = None) -> httpx.Response | None:
         answer = await self._once(self.poller, "GET", path, headers or {})
-        if answer is not None:
+        if answer is None:
+            self.book.answers[f"{what} -"] += 1
+        else:
             self.book.note(what, answer)
         return answer
 
@@ -252,7 +261,7 @@ class Cast:
             case _:
                 headers["X-Webhook-Id"] = marker
         unknown = False
-        for pause in chain((0.1, 0.2, 0.4, 0.8), repeat(1.5, 20)):
+        for pause in chain((0.1, 0.2, 0.4, 0.8), repeat(1.5, 30)):
             answer = await self._once(
                 self.happyrobot, "POST", "/api/webhooks/happyrobot", headers, content=json.dumps(body)
             )
@@ -264,7 +273,7 @@ class Cast:
                 unknown |= answer.status_code == 404  # nobody has named its run, and perhaps nobody will
             await asyncio.sleep(pause)
         if not unknown:
-            self.book.complain(f"callback {marker} of run {run_id} was not taken for half a minute")
+            self.book.complain(f"callback {marker} of run {run_id} was not taken for three quarters of a minute")
 
     # Who looks
 
@@ -312,6 +321,18 @@ class Cast:
                 self.book.note("a cancellation", answer)
 
 
+@dataclass(frozen=True)
+class View:
+    """What a browser has seen by a moment."""
+
+    params: dict[str, str]
+    manner: str
+    after: int | None
+    seen: list[Seen]
+    ended: bool
+    end: str | None
+
+
 @dataclass(eq=False)
 class Browser:
     """Follows events, and comes back whenever its stream ends; what it has been sent must be all there is."""
@@ -326,6 +347,8 @@ class Browser:
     streams: int = 0
     ended: bool = False
     """Whether it was told that its run is over."""
+    end: str | None = None
+    """How, if it was told in a stream."""
     place: str | None = None
     """What it comes back with."""
     task: asyncio.Task[None] | None = None
@@ -336,12 +359,15 @@ class Browser:
         self.cast.browsers.append(self)
         self.task = asyncio.create_task(self.cast.guarded(self._follow))
 
+    def view(self) -> "View":
+        return View(self.params, self.manner, self.after, list(self.seen), ended=self.ended, end=self.end)
+
     async def _follow(self) -> None:
         chance = self.cast.scene.chance
         while not self.ended:
             url, patience = self.cast.scene.front.url, httpx.Timeout(5, read=20)
             async with httpx.AsyncClient(base_url=url, timeout=patience, verify=PLAIN) as http:
-                with contextlib.suppress(SSEError, *_CUT):
+                with contextlib.suppress(httpx.TransportError):
                     await self._read(http)
             await asyncio.sleep(chance.uniform(0.05, 0.4))
 
@@ -349,7 +375,12 @@ class Browser:
         chance = self.cast.scene.chance
         # As a browser does it: with what `id:` said last, if it has said anything.
         headers = {} if self.place is None else {"Last-Event-ID": self.place}
-        async with aconnect_sse(http, "GET", "/api/events", params=self.params, headers=headers) as source:
+        async with contextlib.AsyncExitStack() as stack:
+            stream = aconnect_sse(http, "GET", "/api/events", params=self.params, headers=headers)
+            try:
+                source = await stack.enter_async_context(stream)
+            except AttributeError:
+                return  # see `_CUT`
             if source.response.status_code != 200:
                 await source.response.aread()
                 self.cast.book.note("a stream", source.response)
@@ -373,7 +404,7 @@ class Browser:
         book = self.cast.book
         self.place = sse.id or self.place
         if sse.event == "end":
-            self.ended = True
+            self.ended, self.end = True, sse.json()["status"]
         elif sse.data:
             event = sse.json()
             if sse.id != str(event["id"]):

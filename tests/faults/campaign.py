@@ -17,7 +17,7 @@ from tests.faults.ledger import Book
 from tests.faults.parts import Size
 from tests.faults.scene import Scene
 
-_ROOM, _FILES = 100_000_000, 60
+_ROOM, _FILES = 80_000_000, 60
 """Bytes and open files that a process may have more of than after its first round: pools and caches fill up, and
 browsers whose round is open stay."""
 
@@ -43,6 +43,13 @@ class Tally:
     """Of each process after each round."""
 
 
+_ANSWERED = {
+    **dict.fromkeys(("a trigger", "a decision", "a status", "a run", "a list", "a timeline", "a callback"), 200),
+    "an execution": 202,
+}
+"""Requests of which each campaign must have seen one that was answered so."""
+
+
 class Broken(Exception):
     """A promise was not kept."""
 
@@ -57,19 +64,20 @@ class Campaign:
         say: Callable[[str], None] = lambda _: None,
         back_within: float = 10,
         goes_on_after: float = 12,
-        closes_within: float = 240,
+        closes_within: float = 400,
     ) -> None:
         """All in seconds.
 
         `back_within` so many after the faults' end everything has to serve again. `goes_on_after` so many the next
         round begins, and what is open is looked at again; `closes_within` so many it must have come out right: somebody
-        who was killed counts as gone after a minute.
+        who was killed counts as gone after two minutes, and later where nobody can be asked just then.
         """
         self.scene = scene
         self.tally = Tally()
         self._say = say
         self._back_within, self._goes_on_after, self._closes_within = back_within, goes_on_after, closes_within
         self._open: list[Cast] = []
+        self._closed: list[Cast] = []
 
     async def __aenter__(self) -> Self:
         return self
@@ -102,8 +110,7 @@ class Campaign:
         try:
             back = await scene.until_well(self._back_within)
         except TimeoutError as error:
-            about = f"round {number} ({'; '.join(book.faults)})"
-            raise Broken(f"{about}: not back within {self._back_within} s: {error}") from None
+            raise Broken(f"{_about(book)}: not back within {self._back_within} s: {error}") from None
         self.tally.slowest = max(self.tally.slowest, back)
         await asyncio.sleep(scene.chance.uniform(0.3, 1.0))  # at work as before
         cast.stop()
@@ -113,8 +120,7 @@ class Campaign:
             f"{len(book.intents)} calls, {len(book.acknowledged)} callbacks acknowledged"
         )
         await self._close(book.ended + self._goes_on_after)
-        if surprises := [*scene.complaints, *(what for part in scene.processes.values() for what in part.surprises)]:
-            raise Broken("\n  ".join([f"round {number} ({'; '.join(book.faults)}):", *surprises]))
+        self._mind_surprises()
         self._measure()
 
     def _client(self) -> httpx.AsyncClient:
@@ -127,7 +133,14 @@ class Campaign:
         while self._open:
             await self._close(max(cast.book.ended for cast in self._open) + self._closes_within)
         await self._settle()
-        self.tally.callbacks += len(self.scene.acknowledged)
+        # Nothing that came later may have changed what was right: somebody who woke up, or took over.
+        for cast in self._closed:
+            if (found := await examine(cast)).wrong:
+                raise Broken("\n  ".join([f"{_about(cast.book)}, afterwards:", *found.wrong]))
+        self._mind_surprises()
+        if unanswered := [what for what in _ANSWERED if not self.tally.answers[f"{what} {_ANSWERED[what]}"]]:
+            raise Broken(f"nobody was ever answered {', '.join(unanswered)}")
+        self.tally.callbacks += len(self.scene.said.acknowledged)
         self.tally.webhooks = sum(len(customer.receiver.requests) for customer in self.scene.customers)
         return self.tally
 
@@ -135,8 +148,9 @@ class Campaign:
         await asyncio.sleep(after)
         book.faults.append(fault.name)
         self.tally.faults[fault.name] += 1
+        until = time.monotonic() + lasts
         await fault.begin(self.scene)
-        await asyncio.sleep(lasts)
+        await asyncio.sleep(until - time.monotonic())
         await fault.end(self.scene)
 
     async def _close(self, deadline: float) -> None:
@@ -148,25 +162,29 @@ class Campaign:
                 return
             if time.monotonic() > deadline:
                 for cast in self._open:
-                    self._say(
-                        f"  round {cast.book.number} is open: {'; '.join(cast.waits_for[:3]) or 'a client waits'}"
-                    )
+                    self._say(f"  round {cast.book.number} is open: {'; '.join(cast.waits_for[:3])}")
                 return
             await asyncio.sleep(0.3)
 
     async def _look(self, cast: Cast) -> None:
-        book = cast.book
+        book, done = cast.book, cast.done
         found = await examine(cast)
-        about = f"round {book.number} ({'; '.join(book.faults)})"
         if found.wrong:
-            raise Broken("\n  ".join([f"{about}:", *found.wrong]))
-        cast.waits_for = found.open
-        if cast.done and not found.open:
+            raise Broken("\n  ".join([f"{_about(book)}:", *found.wrong]))
+        cast.waits_for = found.open if done else [*found.open, "a client waits"]
+        if not cast.waits_for:
             self._open.remove(cast)
+            self._closed.append(cast)
             await cast.leave()
             self._count(cast)
         elif time.monotonic() > book.ended + self._closes_within:
-            raise Broken("\n  ".join([f"{about} is open after {self._closes_within} s:", *found.open]))
+            raise Broken("\n  ".join([f"{_about(book)} is open after {self._closes_within} s:", *cast.waits_for]))
+
+    def _mind_surprises(self) -> None:
+        """Raises Broken for what belongs to no round: a process that ended by itself, an answer to HappyRobot."""
+        scene = self.scene
+        if surprises := [*scene.said.complaints, *(it for part in scene.processes.values() for it in part.surprises)]:
+            raise Broken("\n  ".join([f"by round {self.tally.rounds - 1}:", *surprises]))
 
     async def _settle(self) -> None:
         """Waits until everything is done. Raises Broken where something is left for ever."""
@@ -189,12 +207,16 @@ class Campaign:
     def _count(self, cast: Cast) -> None:
         book, tally = cast.book, self.tally
         if not (book.acknowledged and any(intent.accepted for intent in book.intents)):
-            raise Broken(f"round {book.number} ({'; '.join(book.faults)}): nothing was accepted")
+            raise Broken(f"{_about(book)}: nothing was accepted")
         tally.answers += book.answers
         tally.callbacks += len(book.acknowledged)
         tally.calls += sum(intent.accepted for intent in book.intents)
         tally.events += sum(len(browser.seen) for browser in cast.browsers)
         tally.streams += sum(browser.streams for browser in cast.browsers)
+
+
+def _about(book: Book) -> str:
+    return f"round {book.number} ({'; '.join(book.faults)})"
 
 
 def drawn(scene: Scene, chance: random.Random) -> list[tuple[float, Fault, float]]:

@@ -1,26 +1,23 @@
 """Compares what was acknowledged with what is there: in the database, at the browsers, at HappyRobot, at customers."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import asyncpg
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from switchboard.happyrobot.simulator import Call, Run
-from tests.faults.actors import Browser, Cast
+from tests.faults.actors import Cast, View
+from tests.faults.harm import named
 from tests.faults.ledger import FINAL, Book, Seen
-from tests.faults.scene import Customer, Scene
+from tests.faults.scene import Customer, Name, Notice, Said, Scene, Told, to_the_millisecond
 
 _IS = {"completed": "COMPLETED", "failed": "FAILED", "canceled": "CANCELED"}
 """HappyRobot's words for how a run ended, and ours."""
-
-
-_Name = tuple[str, str, str]
-"""Of a callback of HappyRobot's: run, event type, timestamp to the millisecond, as `isoformat` writes it in UTC."""
 
 
 @dataclass
@@ -38,6 +35,7 @@ class _Facts:
     events: list[asyncpg.Record]
     runs: dict[str, asyncpg.Record]
     executions: dict[str, asyncpg.Record]
+    deliveries: list[asyncpg.Record]
     calls: list[Call]
     stories: dict[str, Run]
 
@@ -46,21 +44,24 @@ async def examine(cast: Cast) -> Findings:
     """What is wrong, and what is still to come, of a round."""
     # First what was acknowledged and seen by now: what is in the database may be more.
     scene, book = cast.scene, cast.book.copy()
-    acknowledged = set(scene.acknowledged)
-    seen = [list(browser.seen) for browser in cast.browsers]
+    acknowledged = set(scene.said.acknowledged)
+    views = [browser.view() for browser in cast.browsers]
+    told = [customer.told() for customer in scene.customers]
     found = Findings(wrong=list(book.complaints))
     facts = await _facts(scene, book.contexts)
-    _callbacks(book, acknowledged, facts, found)
+    _callbacks(scene.said, book, acknowledged, facts, found)
     _calls(book, facts, found)
+    _nobody_is_forgotten(book, facts, found)
     _answers(book, facts, found)
     _decisions(scene, book, facts, found)
     _timelines(book, facts, found)
     _ends(facts, found)
     _results(acknowledged, facts, found)
-    for browser, events in zip(cast.browsers, seen, strict=True):
-        await _stream(scene, browser, events, facts, found)
-    for customer in scene.customers:
-        _webhooks(cast, customer, facts, found)
+    for view in views:
+        await _stream(scene, view, facts, found)
+    for customer, earlier in zip(scene.customers, told, strict=True):
+        _webhooks(_Mail.of(customer, earlier, facts), facts, found)
+        found.wrong += customer.forgeries
     return found
 
 
@@ -73,6 +74,8 @@ async def _facts(scene: Scene, contexts: Sequence[str]) -> _Facts:
                 table: await connection.fetch(f"SELECT * FROM {table} WHERE context_id = ANY ($1)", contexts)
                 for table in ("run_events", "agent_runs", "executions")
             }
+            mine = [row["id"] for row in rows["executions"]]
+            deliveries = await connection.fetch(_DELIVERIES, mine)
     finally:
         await connection.close()
     simulator = scene.simulator
@@ -80,15 +83,22 @@ async def _facts(scene: Scene, contexts: Sequence[str]) -> _Facts:
         sorted(rows["run_events"], key=lambda row: row["id"]),
         {row["run_id"]: row for row in rows["agent_runs"]},
         {str(row["id"]): row for row in rows["executions"]},
+        deliveries,
         [call for call in simulator.calls if call.payload and call.payload.get("context_id") in contexts],
         {run.id: run for run in simulator.runs.values() if run.payload.get("context_id") in contexts},
     )
 
 
-def _callbacks(book: Book, acknowledged: AbstractSet[_Name], facts: _Facts, found: Findings) -> None:
+_DELIVERIES = """
+    SELECT *, (SELECT count(*) FROM delivery_attempts WHERE delivery_id = deliveries.id) AS attempts
+    FROM deliveries WHERE execution_id = ANY ($1)
+"""
+
+
+def _callbacks(said: Said, book: Book, acknowledged: AbstractSet[Name], facts: _Facts, found: Findings) -> None:
     """Each that was acknowledged is there as it was sent, and none is there twice."""
     markers: Counter[str] = Counter()
-    told: dict[_Name, list[Any]] = defaultdict(list)
+    told: dict[Name, list[Any]] = defaultdict(list)
     for row in facts.events:
         marker = row["data"].get("marker") if isinstance(row["data"], dict) else None
         if isinstance(marker, str):
@@ -96,13 +106,10 @@ def _callbacks(book: Book, acknowledged: AbstractSet[_Name], facts: _Facts, foun
             if book.sent.get(marker) != (row["run_id"], row["event_type"]):
                 found.wrong.append(f"callback {marker} is in the timeline of {row['run_id']}, as {row['event_type']}")
         elif row["occurred_at"] is not None:
-            told[row["run_id"], row["event_type"], _to_the_millisecond(row["occurred_at"])].append(row["data"])
+            told[row["run_id"], row["event_type"], to_the_millisecond(row["occurred_at"])].append(row["data"])
     _counted("callback", markers, set(book.sent), book.acknowledged, found)
-    sent = {
-        (story.id, event["event_type"], _to_the_millisecond(datetime.fromisoformat(event["timestamp"]))): event["data"]
-        for story in facts.stories.values()
-        for event in story.events
-    }
+    sent = {name: data for name, data in said.sent.items() if name[0] in facts.stories}
+    found.wrong += [f"callback {name} is there, and HappyRobot has not sent it" for name in told.keys() - sent.keys()]
     there = Counter({name: len(said) for name, said in told.items()})
     _counted("HappyRobot's callback", there, sent.keys(), acknowledged & sent.keys(), found)
     found.wrong += [
@@ -117,10 +124,6 @@ def _counted(
 ) -> None:
     found.wrong += [f"{what} {name} is there {there[name]} times" for name in sent if there[name] > 1]
     found.wrong += [f"{what} {name} was acknowledged, and is not there" for name in acknowledged if not there[name]]
-
-
-def _to_the_millisecond(at: datetime) -> str:
-    return at.astimezone(UTC).isoformat(timespec="milliseconds")
 
 
 _MAY_BE_REPEATED = (429, 502, 503, 504)
@@ -143,6 +146,20 @@ def _calls(book: Book, facts: _Facts, found: Findings) -> None:
             found.wrong.append(f"intent {intent.id} was answered 200, and called {called[intent.id]} times")
         if intent.failed and called[intent.id]:
             found.wrong.append(f"intent {intent.id} was answered that nobody was called, and somebody was")
+
+
+_NEEDED = {"one", "other", "worker", "other worker", "PostgreSQL", "HappyRobot"}
+"""Who places calls, and what that needs: where one of them fails it may be that nobody is called."""
+
+
+def _nobody_is_forgotten(book: Book, facts: _Facts, found: Findings) -> None:
+    """Whoever was accepted is called, unless something failed that explains why not."""
+    if any(named(fault).on in _NEEDED for fault in book.faults):
+        return
+    tried = {call.payload["execution_id"] for call in facts.calls if call.payload is not None}
+    for intent in book.intents:
+        if intent.accepted and intent.execution_id not in tried:
+            found.open.append(f"nobody was called for execution {intent.execution_id}, and nothing explains it")
 
 
 def _answers(book: Book, facts: _Facts, found: Findings) -> None:
@@ -169,16 +186,20 @@ def _decisions(scene: Scene, book: Book, facts: _Facts, found: Findings) -> None
     of_it: defaultdict[str | None, list[Run]] = defaultdict(list)
     for story in facts.stories.values():
         of_it[story.payload["execution_id"]].append(story)
-    wanted = {intent.execution_id: _DECIDED[intent.decision] for intent in book.intents if intent.decision}
+    asked = {intent.execution_id: _DECIDED[intent.verdict] for intent in book.intents if intent.verdict}
+    taken = {intent.execution_id for intent in book.intents if intent.decision}
     told: defaultdict[str, set[str]] = defaultdict(set)
     for decision in scene.simulator.decisions:
         if decision.run_id in facts.stories and decision.body is not None:
             told[facts.stories[decision.run_id].payload["execution_id"]].add(decision.body["decision"])
-    for execution_id, verdict in wanted.items():
-        if (said := told.get(execution_id or "", set())) - {verdict}:
-            found.wrong.append(f"execution {execution_id} is {verdict}, and HappyRobot was told {said}")
-        elif not said and any(not story.over for story in of_it[execution_id]):
-            found.open.append(f"HappyRobot was not told that execution {execution_id} is {verdict}")
+    for execution_id, said in told.items():
+        if said != {asked.get(execution_id)}:
+            found.wrong.append(f"of execution {execution_id} HappyRobot was told {said}: {asked.get(execution_id)}")
+    found.open += [
+        f"HappyRobot was not told that execution {execution_id} is {asked[execution_id]}"
+        for execution_id in taken
+        if execution_id not in told and any(not story.over for story in of_it[execution_id])
+    ]
 
 
 def _timelines(book: Book, facts: _Facts, found: Findings) -> None:
@@ -198,7 +219,7 @@ def _timelines(book: Book, facts: _Facts, found: Findings) -> None:
             found.wrong.append(f"run {run_id} is {run['status']}, and somebody was told {book.finals[run_id]}")
 
 
-def _results(acknowledged: AbstractSet[_Name], facts: _Facts, found: Findings) -> None:
+def _results(acknowledged: AbstractSet[Name], facts: _Facts, found: Findings) -> None:
     """What a call came to, if HappyRobot has told it, is what its run shows: the first that it has told."""
     first: dict[str, Any] = {}
     for row in facts.events:
@@ -208,7 +229,7 @@ def _results(acknowledged: AbstractSet[_Name], facts: _Facts, found: Findings) -
         last = story.events[-1] if story.events else None
         if last is None or story.status != "completed" or story.id not in facts.runs:
             continue
-        name = (story.id, "completed", _to_the_millisecond(datetime.fromisoformat(last["timestamp"])))
+        name = (story.id, "completed", to_the_millisecond(datetime.fromisoformat(last["timestamp"])))
         metadata = facts.runs[story.id]["metadata"]
         if name not in acknowledged:
             continue
@@ -252,11 +273,12 @@ def _together(statuses: Sequence[str]) -> str:
     return "completed" if "COMPLETED" in statuses else "cancelled"
 
 
-async def _stream(scene: Scene, browser: Browser, seen: Sequence[Seen], facts: _Facts, found: Findings) -> None:
+async def _stream(scene: Scene, browser: View, facts: _Facts, found: Findings) -> None:
     """A browser has been sent every event of its scope, once and in order, up to the last that it has seen."""
     if browser.after is None:
         found.open.append(f"a browser ({browser.params}) has not begun")
         return
+    seen = browser.seen
     last = seen[-1].id if seen else browser.after
     context_id, run_id = browser.params.get("context_id"), browser.params.get("run_id")
     rows = facts.events
@@ -285,6 +307,10 @@ async def _stream(scene: Scene, browser: Browser, seen: Sequence[Seen], facts: _
         found.open.append(f"{who} waits for {len(wanted) - len(so_far)} events")
     elif run_id is not None and not browser.ended:
         found.open.append(f"{who} was not told that its run is over")
+    elif browser.ended:
+        last_words = next((event.status for event in seen if event.status in FINAL), None)
+        if last_words is None or browser.end not in (None, last_words):
+            found.wrong.append(f"{who} was told {browser.end} at the end of its run, after {last_words}")
 
 
 _TOLD_AT_THE_END = {
@@ -294,36 +320,86 @@ _TOLD_AT_THE_END = {
 }
 
 
+_About = tuple[str, str]
+"""An execution, and what happened to it."""
+
+
+@dataclass
+class _Mail:
+    """A customer's webhooks, as it has got them and as they are kept."""
+
+    name: str
+    told: dict[_About, Mapping[str, Notice]]
+    """Before it was looked at how they are kept."""
+    by_now: Mapping[_About, Mapping[str, Notice]]
+    """Afterwards."""
+    kept: dict[_About, list[asyncpg.Record]]
+    ends: dict[str, int]
+    """How often executions may have ended: of several runs one may have before anybody had heard of another."""
+
+    @classmethod
+    def of(cls, customer: Customer, earlier: Told, facts: _Facts) -> "_Mail":
+        mine = {name for name, row in facts.executions.items() if row["key_id"] == customer.key_id}
+        kept: defaultdict[_About, list[asyncpg.Record]] = defaultdict(list)
+        for row in facts.deliveries:
+            if row["key_id"] == customer.key_id:
+                kept[str(row["execution_id"]), row["event"]].append(row)
+        runs = Counter(story.payload["execution_id"] for story in facts.stories.values())
+        ends = {name: max(1, runs[name] if facts.executions[name]["unconfirmed"] else 1) for name in mine}
+        told = {about: notices for about, notices in earlier.items() if about[0] in mine}
+        return cls(customer.name, told, customer.told(), kept, ends)
+
+
+def _webhooks(mail: _Mail, facts: _Facts, found: Findings) -> None:
+    """A customer was told of what became of each execution, however often under one id, and in the same words."""
+    for execution_id in mail.ends:
+        _is_told(mail, facts.executions[execution_id], found)
+    for (execution_id, event), notices in mail.told.items():
+        what = f"{mail.name} was told of {event} of execution {execution_id}"
+        if len(notices) > (mail.ends[execution_id] if event in _TOLD_AT_THE_END.values() else 1):
+            found.wrong.append(f"{what} under {len(notices)} ids")
+        if any(len(notice.texts) != 1 for notice in notices.values()):
+            found.wrong.append(f"{what} in several ways")
+        runs = [run for run in facts.runs.values() if str(run["execution_id"]) == execution_id]
+        if event == "execution.completed" and len(runs) == 1:
+            outputs = [from_json(text)["data"]["output"] for notice in notices.values() for text in notice.texts]
+            # It may have come too late to be told.
+            if any(output not in (None, runs[0]["metadata"].get("result")) for output in outputs):
+                found.wrong.append(f"{what}, with {outputs}: {runs[0]['metadata']}")
+    for about, deliveries in mail.kept.items():
+        for delivery in deliveries:
+            _is_kept(f"{mail.name}'s {' '.join(about)}", delivery, mail.by_now.get(about, {}), found)
+
+
+def _is_told(mail: _Mail, execution: asyncpg.Record, found: Findings) -> None:
+    execution_id, wanted = str(execution["id"]), _worth_telling(execution)
+    for event in wanted:
+        about = execution_id, event
+        taken = any(notice.taken for notice in mail.by_now.get(about, {}).values())
+        if not taken and not any(delivery["status"] == "failed" for delivery in mail.kept.get(about, ())):
+            found.open.append(f"{mail.name} was not told of {event} of execution {execution_id}")
+    if execution["status"] in _TOLD_AT_THE_END and mail.ends[execution_id] == 1:
+        found.wrong += [
+            f"{mail.name} was told of {over} of execution {execution_id}: {execution['status']}"
+            for over in set(_TOLD_AT_THE_END.values()) - wanted
+            if (execution_id, over) in mail.told
+        ]
+
+
 _ATTEMPTS = 4
 """At a webhook that is not taken."""
 
 
-def _webhooks(cast: Cast, customer: Customer, facts: _Facts, found: Findings) -> None:
-    """A customer was told of what became of each execution, however often under one id, and in the same words."""
-    mine = {execution_id for execution_id, row in facts.executions.items() if row["key_id"] == customer.key_id}
-    told = customer.told()
-    # Of these one run may have ended before anybody had heard of another.
-    stories = Counter(story.payload["execution_id"] for story in facts.stories.values())
-    of_several = {execution_id for execution_id, runs in stories.items() if runs > 1}
-    for (execution_id, event), notices in told.items():
-        again = execution_id in of_several and event in _TOLD_AT_THE_END.values()
-        if execution_id in mine and len(notices) > 1 and not again:
-            found.wrong.append(
-                f"{customer.name} was told of {event} of execution {execution_id} under {len(notices)} ids"
-            )
-    for execution_id in mine:
-        row = facts.executions[execution_id]
-        wanted = _worth_telling(row)
-        for event in wanted:
-            notices = told.get((execution_id, event), {})
-            if not any(notice.taken or notice.attempts >= _ATTEMPTS for notice in notices.values()):
-                found.open.append(f"{customer.name} was not told of {event} of execution {execution_id}")
-            if any(notice.bodies != 1 for notice in notices.values()):
-                found.wrong.append(f"{customer.name} was told of {event} of execution {execution_id} in several ways")
-        for over in set(_TOLD_AT_THE_END.values()) - wanted:
-            if row["status"] in _TOLD_AT_THE_END and (execution_id, over) in told and execution_id not in of_several:
-                found.wrong.append(f"{customer.name} was told of {over} of execution {execution_id}: {row['status']}")
-    found.wrong += customer.forgeries
+def _is_kept(what: str, delivery: asyncpg.Record, notices: Mapping[str, Notice], found: Findings) -> None:
+    """What is kept of a webhook is what became of it."""
+    notice = notices.get(str(delivery["id"]))
+    match delivery["status"]:
+        case "pending":
+            found.open.append(f"{what} is still to be sent")
+        case "delivered" if notice is None or not notice.taken:
+            found.wrong.append(f"{what} is kept as delivered, and was not")
+        case "failed" if delivery["attempts"] != _ATTEMPTS:
+            found.wrong.append(f"{what} is kept as failed, after {delivery['attempts']} attempts")
 
 
 def _worth_telling(execution: asyncpg.Record) -> set[str]:

@@ -45,8 +45,10 @@ class Intent:
     """Whether it was answered 200, or 202 by the Public API."""
     failed: bool = False
     """Whether it was answered that nobody was called."""
+    verdict: str | None = None
+    """What somebody wants to decide about it."""
     decision: str | None = None
-    """What was decided about it, if that was acknowledged."""
+    """The same once it was acknowledged."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Book:
     answers: Counter[str] = field(default_factory=Counter)
 
     def copy(self) -> "Book":
-        """As it is now: what is acknowledged later may not be in the database yet when that is looked at."""
+        """With what is acknowledged by now: what is later may not be in the database when that is looked at."""
         intents = [replace(intent) for intent in self.intents]
         return replace(self, intents=intents, acknowledged=set(self.acknowledged), finals=dict(self.finals))
 

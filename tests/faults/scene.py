@@ -1,6 +1,7 @@
 """Everything that takes part: servers, HappyRobot, Switchboard's processes, customers, and the wires between them."""
 
 import asyncio
+import base64
 import contextlib
 import hmac
 import os
@@ -8,8 +9,9 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +43,46 @@ RECONCILE_AFTER = 1.0
 TRIGGER_TIMEOUT = 2.0
 
 
-class _Noted(httpx.AsyncHTTPTransport):
-    """HappyRobot's way to us, which notes what we have said that we have taken."""
+Name = tuple[str, str, str]
+"""Of a callback of HappyRobot's: run, type, and when it happened."""
 
-    def __init__(self, acknowledged: set[tuple[str, str, str]], complaints: list[str]) -> None:
+
+def to_the_millisecond(at: datetime) -> str:
+    return at.astimezone(UTC).isoformat(timespec="milliseconds")
+
+
+@dataclass
+class Said:
+    """What HappyRobot has told us in callbacks, in the guide's form and as CloudEvents."""
+
+    sent: dict[Name, Any] = field(default_factory=dict)
+    """With their data, whether or not they have arrived."""
+    acknowledged: set[Name] = field(default_factory=set)
+    """Those that we have answered 200."""
+    complaints: list[str] = field(default_factory=list)
+    """About how they were answered."""
+
+
+class _Noted(httpx.AsyncHTTPTransport):
+    """HappyRobot's way to us, which notes what it has said, and what we have said to that."""
+
+    def __init__(self, said: Said) -> None:
         super().__init__(limits=httpx.Limits(max_connections=64, max_keepalive_connections=16))
-        self._acknowledged = acknowledged
-        self._complaints = complaints
+        self._said = said
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        answer = await super().handle_async_request(request)
         body = from_json(request.content)
-        if answer.status_code not in (200, 404, 503):
-            self._complaints.append(f"HappyRobot's callback {body} was answered {answer.status_code}")
-        if answer.status_code == 200 and "event_type" in body:
-            at = datetime.fromisoformat(body["timestamp"]).isoformat(timespec="milliseconds")
-            self._acknowledged.add((body["run_id"], body["event_type"], at))
+        if "specversion" in body:
+            run_id, kind, at = body["data"]["run_id"], body["type"], body["time"]
+        else:
+            run_id, kind, at = body["run_id"], body["event_type"], body["timestamp"]
+        name = (run_id, kind, to_the_millisecond(datetime.fromisoformat(at)))
+        self._said.sent[name] = body["data"]
+        answer = await super().handle_async_request(request)
+        if answer.status_code == 200:
+            self._said.acknowledged.add(name)
+        elif answer.status_code not in (404, 503):
+            self._said.complaints.append(f"HappyRobot's callback {body} was answered {answer.status_code}")
         return answer
 
 
@@ -80,31 +106,46 @@ class Customer:
         """Notes an attempt, and how it was answered."""
         body = request.json
         notice = self._told[body["executionId"], body["event"]].setdefault(request.id, Notice())
-        notice.attempts += 1
         notice.taken |= status == 200
         notice.texts.add(request.body)
-        signature = hmac.new(self.secret.encode(), request.body, "sha256").hexdigest()
-        signed = request.headers["X-Webhook-Signature"] == f"sha256={signature}"
-        if not signed or request.event != body["event"] or not body["data"]["status"]:
-            self.forgeries.append(f"webhook {request.id} to {self.name} is not right: {request.headers}")
+        signed = self._signatures(request).items() <= request.headers.items()
+        # What more may have happened in the same moment has a webhook of its own.
+        status_told = body["event"].removeprefix("execution.").replace("started", "running")
+        if not signed or request.event != body["event"] or body["data"]["status"] != status_told:
+            self.forgeries.append(f"webhook {request.id} to {self.name} is not right: {request.headers}, {body}")
 
-    def told(self) -> Mapping[tuple[str, str], Mapping[str, "Notice"]]:
-        """By execution and event: under which ids."""
-        return self._told
+    def _signatures(self, request: Request) -> dict[str, str]:
+        """What has to be in its headers: the Public API's signature, and the one of Standard Webhooks."""
+        ours = hmac.new(self.secret.encode(), request.body, "sha256").hexdigest()
+        content = f"{request.id}.{request.headers.get('webhook-timestamp')}.".encode() + request.body
+        key = base64.b64decode(self.secret.removeprefix(webhooks.PREFIX))
+        standard = base64.b64encode(hmac.digest(key, content, "sha256")).decode()
+        return {"X-Webhook-Signature": f"sha256={ours}", "webhook-signature": f"v1,{standard}"}
+
+    @property
+    def heard(self) -> AbstractSet[tuple[str, str]]:
+        """Of which executions it was told what, under whatever ids."""
+        return self._told.keys()
+
+    def told(self) -> "Told":
+        """What it was told by now: by execution and event under which ids."""
+        return {
+            about: {name: Notice(notice.taken, set(notice.texts)) for name, notice in notices.items()}
+            for about, notices in self._told.items()
+        }
 
 
 @dataclass
 class Notice:
     """What a customer was told under one id."""
 
-    attempts: int = 0
     taken: bool = False
-    """Whether one of them was answered 200."""
+    """Whether it was answered 200, at one attempt at least."""
     texts: set[bytes] = field(default_factory=set)
+    """In which words."""
 
-    @property
-    def bodies(self) -> int:
-        return len(self.texts)
+
+Told = Mapping[tuple[str, str], Mapping[str, Notice]]
 
 
 @dataclass(eq=False)
@@ -112,10 +153,7 @@ class Scene:
     chance: random.Random
     folder: Path
     simulator: Simulator
-    acknowledged: set[tuple[str, str, str]]
-    """Of HappyRobot's callbacks: run, event type and timestamp of those that we have answered 200."""
-    complaints: list[str]
-    """Of HappyRobot, about how its callbacks were answered."""
+    said: Said
     disk: FullDisk
     postgres: Part
     valkey: Part
@@ -166,6 +204,16 @@ class Scene:
         finally:
             await connection.close()
 
+    async def until_overdue(self) -> None:
+        """Waits until of every call that is not known to be placed it could be known that nobody places it any more."""
+        query = "SELECT count(*) FROM executions WHERE status = 'pending' AND answer_by > now()"
+        connection = await self.connect()
+        try:
+            while await connection.fetchval(query):  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(0.1)
+        finally:
+            await connection.close()
+
     async def was_given_up(self, execution_id: str | None) -> bool:
         """Whether nobody waits any more to hear if an execution's call was placed; false where that is not known."""
         try:
@@ -195,12 +243,13 @@ class Scene:
         async with Redis.from_url(f"unix://{self.folder / 'valkey.sock'}") as redis:
             kept = [key async for key in redis.scan_iter() if await redis.ttl(key) == -1]
         # Of which HappyRobot's API would tell nothing: their records are asked for, for as long as that is worth while.
-        silent = {run.id for run in self.simulator.runs.values() if run.faults.api_answer}
+        untold = [run.id for run in self.simulator.runs.values() if run.faults.api_answer]
+        asked_for = {(entrypoint, run_id) for entrypoint in (jobs.RECONCILE, jobs.CHECK) for run_id in untold}
         return [
             *(
                 f"a job to {job['entrypoint']} {job['payload'].decode()} is {job['status']}"
                 for job in queue
-                if job["payload"].decode() not in silent
+                if (job["entrypoint"], job["payload"].decode()) not in asked_for
             ),
             *(f"a callback of run {row['run_id']} is held, though that is known" for row in held),
             *(f"a transaction is open after {row['query']}" for row in idle),
@@ -218,7 +267,10 @@ class Scene:
         What was started again is given the time that it takes to start. Raises TimeoutError.
         """
         for part in (self.postgres, self.valkey, *self.processes.values()):
-            await part.until_ready()
+            try:
+                await part.until_ready()
+            except TimeoutError:
+                raise TimeoutError(f"{part.name} does not start") from None
         began, ailments = time.monotonic(), dict.fromkeys([*self.processes, "webhooks"], "no answer")
         try:
             async with asyncio.timeout(within), asyncio.TaskGroup() as group:
@@ -240,23 +292,31 @@ class Scene:
         """Until every worker starts executions and tells of them, and all that were accepted here were told of."""
         customer, body, started = self.customers[0], {"input": _QUIET, "contextId": "probe"}, set[tuple[str, str]]()
         async with httpx.AsyncClient(base_url=self.front.url, timeout=5) as http:
-            before = {part.name: await _work_done(http, part) for part in self.working}
+            before: dict[str, Mapping[str, float]] = {}
             while any(ailments[part.name] for part in self.working):
-                with contextlib.suppress(httpx.TransportError, AttributeError):
-                    answer = await http.post(_EXECUTE, json=body, headers=customer.headers)
-                    ailments["webhooks"] = f"an execution was answered {answer.status_code}"
-                    if answer.status_code == 202:
-                        started.add((answer.json()["executionId"], "execution.started"))
+                if len(started - customer.heard) < _PROBES:
+                    with contextlib.suppress(httpx.TransportError, AttributeError):
+                        answer = await http.post(_EXECUTE, json=body, headers=customer.headers)
+                        ailments["webhooks"] = f"an execution was answered {answer.status_code}"
+                        if answer.status_code == 202:
+                            started.add((answer.json()["executionId"], "execution.started"))
                 await asyncio.sleep(0.1)  # nobody tells who takes it
                 for part in self.working:
-                    done = await _work_done(http, part)
-                    idle = [what for what in done if done[what] == before[part.name][what]]
+                    try:
+                        done = await _work_done(http, part)
+                    except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
+                        ailments[part.name] = type(error).__name__
+                        continue
+                    idle = [what for what in done if done[what] == before.setdefault(part.name, done)[what]]
                     ailments[part.name] = f"no {', no '.join(idle)} of {len(started)}" if idle else ""
-            while untold := started - customer.told().keys():
+            while untold := started - customer.heard:
                 ailments["webhooks"] = f"{customer.name} was not told of {untold}"
                 await asyncio.sleep(0.05)  # nobody tells
         ailments["webhooks"] = ""
 
+
+_PROBES = 4
+"""Executions that are under way at once to see whether workers work: more would be what keeps them busy."""
 
 _EXECUTE = f"{PUBLIC}/agents/default/execute"
 _QUIET = {"simulate": {"faults": "silent"}}
@@ -319,15 +379,14 @@ async def staged(
         db = database.connect(url)
         stack.push_async_callback(db.dispose)
 
-        acknowledged: set[tuple[str, str, str]] = set()
-        complaints: list[str] = []
+        said = Said()
         simulator = Simulator(
             hook_key=HOOK_KEY,
             api_key=API_KEY,
             pace=0.01,
             # Beyond the longest fault: what HappyRobot never says must be what it was told not to say.
-            backoff=(0.1, 0.4, 1.0, 3.0, 6.0, 10.0, 10.0),
-            transport=_Noted(acknowledged, complaints),
+            backoff=(0.1, 0.4, 1.0, 3.0, 6.0, *([] if haste else [10.0] * 4)),
+            transport=_Noted(said),
         )
         at, _ = await stack.enter_async_context(serving(lambda _: simulator.app))
         to_happyrobot = await stack.enter_async_context(wired("HappyRobot", ("127.0.0.1", int(at.rpartition(":")[2]))))
@@ -368,8 +427,7 @@ async def staged(
             chance,
             folder,
             simulator,
-            acknowledged,
-            complaints,
+            said,
             disk,
             its_postgres,
             its_valkey,
@@ -407,7 +465,7 @@ async def _customer(scene: Scene, name: str, mood: str) -> AsyncIterator[Custome
                 await asyncio.Event().wait()
             if customer.mood == "late":
                 await asyncio.sleep(scene.chance.uniform(0.2, 1.5))
-            status = 500 if customer.mood == "badly" and scene.chance.random() < 0.5 else 200
+            status = 500 if customer.mood == "badly" and scene.chance.random() < 0.3 else 200
             await reply(writer, status)
         finally:
             customer.note(request, status)

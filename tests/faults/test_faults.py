@@ -1,6 +1,7 @@
 """The short form of the campaigns, and what they are worth: each way to break the service has to be noticed."""
 
 import random
+import signal
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -15,11 +16,15 @@ Plan = Sequence[tuple[float, str, float]]
 """Which faults begin after how many seconds, and how many they last."""
 
 SHORT: Sequence[Plan] = (
-    [(0.5, "one is killed", 0.3), (0.7, "the way to Valkey swallows everything", 1.5)],
+    [
+        (0.5, "one is killed", 0.3),
+        (0.7, "the way to Valkey swallows everything", 1.5),
+        (0.6, "customers do not answer", 1.0),
+    ],
     [(0.5, "PostgreSQL crashes", 0.2), (0.8, "the way to the front breaks half-way", 0.5)],
     [(0.4, "the way to PostgreSQL swallows everything", 2.0), (0.6, "worker is killed", 0.2)],
     [(0.4, "the disk of PostgreSQL is full", 1.0), (0.5, "the clock is ahead", 1.0), (0.8, "Valkey is killed", 0.5)],
-    [(0.3, "the way to HappyRobot loses answers", 1.0), (0.6, "customers do not answer", 1.0)],
+    [(0.3, "the way to HappyRobot loses answers", 1.0)],
 )
 
 CAUGHT: dict[str, tuple[Plan, str]] = {
@@ -60,8 +65,11 @@ async def test_nothing_is_lost_whatever_fails(scene: Scene):
     async with Campaign(scene, say=print, back_within=60, goes_on_after=0) as campaign:
         for plan in SHORT:
             await campaign.round(drawn_up(scene, plan))
-        # It settles what those have left that were killed.
-        await scene.processes["worker"].kill()
+        # A worker settles what those have left that were killed when it starts, and not a minute later.
+        await scene.until_overdue()
+        worker = scene.processes["worker"]
+        await worker.end(signal.SIGTERM)
+        worker.want()
         tally = await campaign.finish()
     assert tally.faults.total() == sum(len(drawn_up(scene, plan)) for plan in SHORT)
     assert tally.calls

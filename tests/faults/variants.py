@@ -2,18 +2,22 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import httpx
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from switchboard import worker
+from switchboard import metrics, worker
 from switchboard.access import webhooks
+from switchboard.deliveries import signing
 from switchboard.deliveries.outbox import Report
+from switchboard.errors import PostgresAway
 from switchboard.events import Event, NewEvent
 from switchboard.executions import ends_of
 from switchboard.happyrobot import client
@@ -52,14 +56,17 @@ def _answers_first() -> None:
             return batch
         line = self._line
         await line._connect()
-        await line._driver.execute("BEGIN")
-        outcomes = await append(line, list(short.values()), reconcile_after=self._reconcile_after)
-        done = {place: outcome for place, outcome in zip(short, outcomes, strict=True) if outcome is not None}
-        for place, outcome in done.items():
-            batch[place].answer(outcome)
-        self._announcer.announce([outcome.event for outcome in done.values() if isinstance(outcome, Recorded)])
-        await asyncio.sleep(0.02)
-        await line._driver.execute("COMMIT")
+        try:
+            await line._driver.execute("BEGIN")
+            outcomes = await append(line, list(short.values()), reconcile_after=self._reconcile_after)
+            done = {place: outcome for place, outcome in zip(short, outcomes, strict=True) if outcome is not None}
+            for place, outcome in done.items():
+                batch[place].answer(outcome)
+            self._announcer.announce([outcome.event for outcome in done.values() if isinstance(outcome, Recorded)])
+            await asyncio.sleep(0.02)
+            await line._driver.execute("COMMIT")
+        except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            raise PostgresAway(str(error)) from error
         return [one for place, one in enumerate(batch) if place not in done]
 
     Intake._append = append_late  # type: ignore[method-assign]
@@ -96,13 +103,16 @@ def _remembers_webhooks() -> None:
     kept: set[asyncio.Task[None]] = set()
     body_of = import_module("switchboard.deliveries.outbox")._body
 
-    async def send(url: str, body: bytes, delivery_id: str, event: str) -> None:
+    async def send(endpoint: webhooks.Endpoint, report: Report, body: bytes) -> None:
+        secrets = [secret.get_secret_value() for secret in endpoint.secrets]
+        about: Any = {"event": report.event, "execution_id": report.execution.id, "delivery_id": uuid4()}
+        headers = signing.headers(secrets, timestamp=int(time.time()), body=body, **about)
         async with httpx.AsyncClient() as http:
             for pause in (1, 5, 15):
                 await asyncio.sleep(0.2)  # until it is committed
-                headers = {"webhook-id": delivery_id, "X-Webhook-Event": event}
                 try:
-                    await http.post(url, content=body, headers=headers)
+                    await http.post(endpoint.url, content=body, headers=headers)
+                    metrics.DELIVERY_ATTEMPTS.labels("delivered").inc()
                 except httpx.HTTPError:
                     await asyncio.sleep(pause)
                 else:
@@ -116,7 +126,7 @@ def _remembers_webhooks() -> None:
             endpoint = await webhooks.endpoint_of(conn, Settings(), report.execution.key_id)
             if endpoint is not None and report.event in events.get(report.execution.key_id, ()):
                 body = body_of(report, ends.get(report.execution.id, []))
-                task = asyncio.create_task(send(endpoint.url, body, str(uuid4()), report.event))
+                task = asyncio.create_task(send(endpoint, report, body))
                 kept.add(task)
                 task.add_done_callback(kept.discard)
         return []
