@@ -15,11 +15,16 @@ from tests.faults.check import examine
 from tests.faults.harm import FAULTS, Fault
 from tests.faults.ledger import Book
 from tests.faults.parts import Size
+from tests.faults.recovery import until_well
 from tests.faults.scene import Scene
 
 _ROOM, _FILES = 80_000_000, 60
 """Bytes and open files that a process may have more of than after its first round: pools and caches fill up, and
 browsers whose round is open stay."""
+
+
+_BEGINS_WITHIN = 60.0
+"""Seconds; no more than a bound on a hang."""
 
 
 @dataclass
@@ -80,6 +85,7 @@ class Campaign:
         self._closed: list[Cast] = []
 
     async def __aenter__(self) -> Self:
+        await until_well(self.scene, _BEGINS_WITHIN)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -108,17 +114,19 @@ class Campaign:
                 group.create_task(self._harm(book, *each))
         ended = time.monotonic()
         try:
-            back = await scene.until_well(self._back_within)
+            recovery = await until_well(scene, self._back_within)
         except TimeoutError as error:
             raise Broken(f"{_about(book)}: not back within {self._back_within} s: {error}") from None
-        self.tally.slowest = max(self.tally.slowest, back)
+        self.tally.slowest = max(self.tally.slowest, recovery.took)
         await asyncio.sleep(scene.chance.uniform(0.3, 1.0))  # at work as before
         cast.stop()
         book.ended = time.monotonic()
         self._say(
-            f"round {number}: {'; '.join(book.faults)} ({ended - book.began:.1f} s, back after {back:.1f} s), "
+            f"round {number}: {'; '.join(book.faults)} ({ended - book.began:.1f} s, back after {recovery.took:.1f} s), "
             f"{len(book.intents)} calls, {len(book.acknowledged)} callbacks acknowledged"
         )
+        if recovery.took > self._back_within / 3:
+            self._say(f"  at last {recovery.slowest}")
         await self._close(book.ended + self._goes_on_after)
         self._mind_surprises()
         self._measure()

@@ -12,9 +12,10 @@ from pydantic_core import from_json, to_json
 
 from switchboard.happyrobot.simulator import Call, Run
 from tests.faults.actors import Cast, View
+from tests.faults.customers import Customer, Notice, Told
 from tests.faults.harm import named
 from tests.faults.ledger import FINAL, Book, Seen
-from tests.faults.scene import Customer, Name, Notice, Said, Scene, Told, to_the_millisecond
+from tests.faults.scene import Name, Said, Scene, to_the_millisecond
 
 _IS = {"completed": "COMPLETED", "failed": "FAILED", "canceled": "CANCELED"}
 """HappyRobot's words for how a run ended, and ours."""

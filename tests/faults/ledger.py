@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import httpx
 
-from tests.faults.scene import Customer
+from tests.faults.customers import Customer
 
 FINAL = ("COMPLETED", "FAILED", "CANCELED")
 
