@@ -47,7 +47,11 @@ async def test_a_call_from_the_trigger_to_its_result(
     body = answer.json()
     [run_id] = body["run_ids"]
     assert body == {"success": True, "run_ids": [run_id], "execution_id": body["execution_id"]}
-    await upstream.simulator.settled()
+
+    async def is_over() -> bool:
+        return bool((await service.run(run_id))["status"] == "COMPLETED")
+
+    await until(is_over)
     run = await service.run(run_id)
     assert run | {"id": "", "createdAt": "", "updatedAt": "", "completedAt": "", "metadata": {}} == {
         "id": "",
