@@ -19,17 +19,16 @@ from pydantic_core import to_json
 
 from switchboard.errors import PUBLIC
 from tests.conftest import HOOK_KEY
+from tests.faults.customers import EXECUTE
 from tests.faults.ledger import FINAL, Book, Intent, Seen
 from tests.faults.scene import Scene
+from tests.wires import CUT
 
 PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Everything here is plain HTTP; to read the usual certificates for each stream would take longer than all else."""
 
 PATIENCE = 15.0
 """Seconds that a client waits for an answer."""
-
-_CUT = (httpx.TransportError, AttributeError)
-"""What a connection that breaks raises; the latter is anyio's, where that is in the moment in which it is made."""
 
 _BROWSERS = 8
 """In one round."""
@@ -158,8 +157,7 @@ class Cast:
             wishes["faults"] = {name: on for name, on in wishes["faults"].items() if name == "duplicate"}
         body = {"input": {"intent": intent.id, "simulate": wishes}, "contextId": intent.context_id}
         headers = intent.customer.headers | {"Idempotency-Key": str(intent.key)}
-        path = f"{PUBLIC}/agents/default/execute"
-        async for answer in self._asking(self.website, "an execution", path, body, headers, again=True):
+        async for answer in self._asking(self.website, "an execution", EXECUTE, body, headers, again=True):
             if answer.status_code == 202:
                 intent.execution_id = answer.json()["executionId"]
                 intent.accepted = True
@@ -221,7 +219,7 @@ class Cast:
         """An answer; None where the connection broke before there was one."""
         try:
             return await http.request(method, path, headers=headers, **more)
-        except _CUT:
+        except CUT:
             return None
 
     async def _get(self, what: str, path: str, headers: dict[str, str] | None = None) -> httpx.Response | None:
@@ -380,7 +378,7 @@ class Browser:
             try:
                 source = await stack.enter_async_context(stream)
             except AttributeError:
-                return  # see `_CUT`
+                return  # see `CUT`
             if source.response.status_code != 200:
                 await source.response.aread()
                 self.cast.book.note("a stream", source.response)

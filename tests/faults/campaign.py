@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -57,6 +57,9 @@ _ANSWERED = {
 
 class Broken(Exception):
     """A promise was not kept."""
+
+    def __init__(self, what: str, findings: Iterable[str] = ()) -> None:
+        super().__init__("\n  ".join([what, *findings]))
 
 
 class Campaign:
@@ -144,7 +147,7 @@ class Campaign:
         # Nothing that came later may have changed what was right: somebody who woke up, or took over.
         for cast in self._closed:
             if (found := await examine(cast)).wrong:
-                raise Broken("\n  ".join([f"{_about(cast.book)}, afterwards:", *found.wrong]))
+                raise Broken(f"{_about(cast.book)}, afterwards:", found.wrong)
         self._mind_surprises()
         if unanswered := [what for what in _ANSWERED if not self.tally.answers[f"{what} {_ANSWERED[what]}"]]:
             raise Broken(f"nobody was ever answered {', '.join(unanswered)}")
@@ -178,7 +181,7 @@ class Campaign:
         book, done = cast.book, cast.done
         found = await examine(cast)
         if found.wrong:
-            raise Broken("\n  ".join([f"{_about(book)}:", *found.wrong]))
+            raise Broken(f"{_about(book)}:", found.wrong)
         cast.waits_for = found.open if done else [*found.open, "a client waits"]
         if not cast.waits_for:
             self._open.remove(cast)
@@ -186,20 +189,20 @@ class Campaign:
             await cast.leave()
             self._count(cast)
         elif time.monotonic() > book.ended + self._closes_within:
-            raise Broken("\n  ".join([f"{_about(book)} is open after {self._closes_within} s:", *cast.waits_for]))
+            raise Broken(f"{_about(book)} is open after {self._closes_within} s:", cast.waits_for)
 
     def _mind_surprises(self) -> None:
         """Raises Broken for what belongs to no round: a process that ended by itself, an answer to HappyRobot."""
         scene = self.scene
         if surprises := [*scene.said.complaints, *(it for part in scene.processes.values() for it in part.surprises)]:
-            raise Broken("\n  ".join([f"by round {self.tally.rounds - 1}:", *surprises]))
+            raise Broken(f"by round {self.tally.rounds - 1}:", surprises)
 
     async def _settle(self) -> None:
         """Waits until everything is done. Raises Broken where something is left for ever."""
         deadline = time.monotonic() + self._closes_within
         while left := await self.scene.leftovers():
             if time.monotonic() > deadline:
-                raise Broken("\n  ".join([f"{self._closes_within} s after all that was asked for:", *left[:20]]))
+                raise Broken(f"{self._closes_within} s after all that was asked for:", left[:20])
             await asyncio.sleep(0.3)
 
     def _measure(self) -> None:

@@ -47,7 +47,7 @@ async def examine(cast: Cast) -> Findings:
     scene, book = cast.scene, cast.book.copy()
     acknowledged = set(scene.said.acknowledged)
     views = [browser.view() for browser in cast.browsers]
-    told = [customer.told() for customer in scene.customers]
+    told = [customer.told_by_now() for customer in scene.customers]
     found = Findings(wrong=list(book.complaints))
     facts = await _facts(scene, book.contexts)
     _callbacks(scene.said, book, acknowledged, facts, found)
@@ -67,18 +67,14 @@ async def examine(cast: Cast) -> Findings:
 
 
 async def _facts(scene: Scene, contexts: Sequence[str]) -> _Facts:
-    connection = await scene.connect()
-    try:
-        # All of one moment.
-        async with connection.transaction(isolation="repeatable_read"):
-            rows = {
-                table: await connection.fetch(f"SELECT * FROM {table} WHERE context_id = ANY ($1)", contexts)
-                for table in ("run_events", "agent_runs", "executions")
-            }
-            mine = [row["id"] for row in rows["executions"]]
-            deliveries = await connection.fetch(_DELIVERIES, mine)
-    finally:
-        await connection.close()
+    # All of one moment.
+    async with scene.connected() as connection, connection.transaction(isolation="repeatable_read"):
+        rows = {
+            table: await connection.fetch(f"SELECT * FROM {table} WHERE context_id = ANY ($1)", contexts)
+            for table in ("run_events", "agent_runs", "executions")
+        }
+        mine = [row["id"] for row in rows["executions"]]
+        deliveries = await connection.fetch(_DELIVERIES, mine)
     simulator = scene.simulator
     return _Facts(
         sorted(rows["run_events"], key=lambda row: row["id"]),
@@ -348,7 +344,7 @@ class _Mail:
         runs = Counter(story.payload["execution_id"] for story in facts.stories.values())
         ends = {name: max(1, runs[name] if facts.executions[name]["unconfirmed"] else 1) for name in mine}
         told = {about: notices for about, notices in earlier.items() if about[0] in mine}
-        return cls(customer.name, told, customer.told(), kept, ends)
+        return cls(customer.name, told, customer.told, kept, ends)
 
 
 def _webhooks(mail: _Mail, facts: _Facts, found: Findings) -> None:

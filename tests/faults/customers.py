@@ -7,27 +7,29 @@ import hmac
 import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard.access import keys, webhooks
+from switchboard.errors import PUBLIC
 from switchboard.settings import Settings
 from switchboard.tables import KeyScope, WebhookEvent
 from tests.conftest import APP_SECRET
 from tests.receiver import Receiver, Request, receiving, reply
 
+EXECUTE = f"{PUBLIC}/agents/default/execute"
+"""Where it asks for a call."""
 
-@dataclass
-class Notice:
+
+class Notice(NamedTuple):
     """What a customer was told under one id."""
 
     taken: bool = False
     """Whether it was answered 200, at one attempt at least."""
-    texts: set[bytes] = field(default_factory=set)
+    texts: frozenset[bytes] = frozenset()
     """In which words."""
 
 
@@ -49,7 +51,8 @@ class Customer:
     """With which webhooks are signed."""
     forgeries: list[str] = field(default_factory=list)
     """Webhooks that were not signed with it, or do not say what they are about."""
-    _told: defaultdict[tuple[str, str], dict[str, Notice]] = field(default_factory=lambda: defaultdict(dict))
+    told: defaultdict[tuple[str, str], dict[str, Notice]] = field(default_factory=lambda: defaultdict(dict))
+    """What it was told, by execution and event, under which ids."""
 
     def note(self, request: Request, status: int | None) -> None:
         """Notes an attempt, and how it was answered."""
@@ -59,9 +62,9 @@ class Customer:
             self.forgeries.append(f"webhook to {self.name} is not right: {error!r}, {request}")
 
     def _note(self, request: Request, body: Any, status: int | None) -> None:
-        notice = self._told[body["executionId"], body["event"]].setdefault(request.id, Notice())
-        notice.taken |= status == 200
-        notice.texts.add(request.body)
+        notices = self.told[body["executionId"], body["event"]]
+        before = notices.get(request.id, Notice())
+        notices[request.id] = Notice(before.taken or status == 200, before.texts | {request.body})
         signed = self._signatures(request).items() <= request.headers.items()
         # What more may have happened in the same moment has a webhook of its own.
         status_told = body["event"].removeprefix("execution.").replace("started", "running")
@@ -76,17 +79,8 @@ class Customer:
         standard = base64.b64encode(hmac.digest(key, content, "sha256")).decode()
         return {"X-Webhook-Signature": f"sha256={ours}", "webhook-signature": f"v1,{standard}"}
 
-    @property
-    def heard(self) -> AbstractSet[tuple[str, str]]:
-        """Of which executions it was told what, under whatever ids."""
-        return self._told.keys()
-
-    def told(self) -> Told:
-        """What it was told by now: by execution and event under which ids."""
-        return {
-            about: {name: Notice(notice.taken, set(notice.texts)) for name, notice in notices.items()}
-            for about, notices in self._told.items()
-        }
+    def told_by_now(self) -> Told:
+        return {about: dict(notices) for about, notices in self.told.items()}
 
 
 @contextlib.asynccontextmanager

@@ -9,20 +9,17 @@ from dataclasses import dataclass, field
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from switchboard.errors import PUBLIC
 from tests.conftest import HOOK_KEY
+from tests.faults.customers import EXECUTE
 from tests.faults.parts import Part
 from tests.faults.scene import Scene
+from tests.wires import CUT
 
 _PROBES = 4
 """Executions that are under way at once to see whether workers work: more would be what keeps them busy."""
 
-_EXECUTE = f"{PUBLIC}/agents/default/execute"
 _QUIET = {"simulate": {"faults": "silent"}}
 _CALLS, _WEBHOOKS = "switchboard_upstream_requests_total", "switchboard_delivery_attempts_total"
-
-_BROKEN = (httpx.TransportError, AttributeError)
-"""What a request meets whose connection breaks; the latter in the moment in which it is made."""
 
 
 @dataclass
@@ -97,7 +94,7 @@ async def _ailment(http: httpx.AsyncClient) -> str:
             async for line in stream.aiter_lines():
                 if line.startswith("data:") and '"log"' in line:
                     return ""
-    except _BROKEN as error:
+    except CUT as error:
         return f"{step}: {type(error).__name__}"
     return "a stream ended"
 
@@ -108,9 +105,9 @@ async def _until_they_work(scene: Scene, recovery: Recovery) -> None:
     before: dict[str, Mapping[str, float]] = {}
     async with httpx.AsyncClient(base_url=scene.front.url, timeout=5) as http:
         while any(recovery.ailments[part.name] for part in scene.working):
-            if len(started - customer.heard) < _PROBES:
-                with contextlib.suppress(*_BROKEN):
-                    answer = await http.post(_EXECUTE, json=body, headers=customer.headers)
+            if len(started - customer.told.keys()) < _PROBES:
+                with contextlib.suppress(*CUT):
+                    answer = await http.post(EXECUTE, json=body, headers=customer.headers)
                     recovery.note("webhooks", f"an execution was answered {answer.status_code}")
                     if answer.status_code == 202:
                         started.add((answer.json()["executionId"], "execution.started"))
@@ -123,7 +120,7 @@ async def _until_they_work(scene: Scene, recovery: Recovery) -> None:
                     continue
                 idle = [what for what in done if done[what] == before.setdefault(part.name, done)[what]]
                 recovery.note(part.name, f"no {', no '.join(idle)} of {len(started)}" if idle else "")
-    while untold := started - customer.heard:
+    while untold := started - customer.told.keys():
         recovery.note("webhooks", f"{customer.name} was not told of {untold}")
         await asyncio.sleep(0.05)  # nobody tells
     recovery.note("webhooks", "")

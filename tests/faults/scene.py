@@ -108,65 +108,52 @@ class Scene:
         fresh.write_text(str(ahead))
         fresh.replace(self.clock)
 
-    async def connect(self) -> asyncpg.Connection:
+    @contextlib.asynccontextmanager
+    async def connected(self) -> AsyncIterator[asyncpg.Connection]:
         """A connection past all wires."""
         connection = await asyncpg.connect(host=str(self.disk.folder), port=PORT, user="postgres", database="postgres")
-        for kind in ("json", "jsonb"):
-            await connection.set_type_codec(kind, encoder=str, decoder=from_json, schema="pg_catalog")
-        return connection
+        try:
+            for kind in ("json", "jsonb"):
+                await connection.set_type_codec(kind, encoder=str, decoder=from_json, schema="pg_catalog")
+            yield connection
+        finally:
+            connection.terminate()
 
     async def events_between(self, after: int, up_to: int) -> list[asyncpg.Record]:
-        connection = await self.connect()
-        try:
+        async with self.connected() as connection:
             query = "SELECT * FROM run_events WHERE id > $1 AND id <= $2 ORDER BY id"
             rows: list[asyncpg.Record] = await connection.fetch(query, after, up_to)
-        finally:
-            await connection.close()
         return rows
 
     async def newest_event(self) -> int:
-        connection = await self.connect()
-        try:
+        async with self.connected() as connection:
             return await connection.fetchval("SELECT max(id) FROM run_events") or 0
-        finally:
-            await connection.close()
 
     async def until_overdue(self) -> None:
         """Waits until of every call that is not known to be placed it could be known that nobody places it any more."""
         query = "SELECT count(*) FROM executions WHERE status = 'pending' AND answer_by > now()"
-        connection = await self.connect()
-        try:
+        async with self.connected() as connection:
             while await connection.fetchval(query):  # noqa: ASYNC110  # nobody tells
                 await asyncio.sleep(0.1)
-        finally:
-            await connection.close()
 
     async def was_given_up(self, execution_id: str | None) -> bool:
         """Whether nobody waits any more to hear if an execution's call was placed; false where that is not known."""
+        query = "SELECT status = 'submission_unknown' FROM executions WHERE id = $1"
         try:
-            connection = await self.connect()
+            async with self.connected() as connection:
+                return bool(await connection.fetchval(query, execution_id))
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
             return False
-        try:
-            query = "SELECT status = 'submission_unknown' FROM executions WHERE id = $1"
-            return bool(await connection.fetchval(query, execution_id))
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-            return False
-        finally:
-            connection.terminate()
 
     async def leftovers(self) -> list[str]:
         """What is there though nobody has anything to do any more, and would be there for ever."""
-        connection = await self.connect()
-        try:
+        async with self.connected() as connection:
             queue = await connection.fetch(f"SELECT entrypoint, status::text, payload FROM {jobs.NAMES.queue_table}")
             held = await connection.fetch("SELECT run_id FROM held_callbacks JOIN agent_runs USING (run_id)")
             idle = await connection.fetch(
                 "SELECT query FROM pg_stat_activity"
                 " WHERE state LIKE 'idle in transaction%' AND xact_start < now() - interval '10 s'"
             )
-        finally:
-            await connection.close()
         async with Redis.from_url(f"unix://{self.folder / 'valkey.sock'}") as redis:
             kept = [key async for key in redis.scan_iter() if await redis.ttl(key) == -1]
         # Of which HappyRobot's API would tell nothing: their records are asked for, for as long as that is worth while.
