@@ -91,7 +91,9 @@ class Receiver:
         return bytes(self._seen)
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._tasks.add(asyncio.create_task(self._serve(reader, writer)))
+        task = asyncio.create_task(self._serve(reader, writer))
+        task.add_done_callback(lambda _: writer.close())  # even if it never began
+        self._tasks.add(task)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -115,7 +117,6 @@ class Receiver:
             pass  # it may well be cut
         finally:
             self.open -= 1
-            writer.close()
 
     async def end(self) -> None:
         await _cancel(*self._tasks)
