@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -12,7 +11,6 @@ from uuid import UUID
 
 import httpx
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -22,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from switchboard import local
 from switchboard.happyrobot.simulator import Faults, Simulator, create_app
+from tests.conftest import serving
 
 CALLBACK_URL = "http://switchboard.test/callbacks"
 FINAL = {"completed", "failed", "canceled"}
@@ -77,22 +76,6 @@ async def simulated(
         httpx.AsyncClient(transport=httpx.ASGITransport(simulator.app), base_url="http://sim.test") as client,
     ):
         yield simulator, client
-
-
-@asynccontextmanager
-async def served(app: ASGIApp) -> AsyncIterator[str]:
-    """The app on a real socket."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()  # so that a client may connect before the server is up
-        config = uvicorn.Config(app, log_level="critical", lifespan="on")
-        server = uvicorn.Server(config)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            await serving
 
 
 async def trigger(client: httpx.AsyncClient, path: str = "/hooks/carrier-call", **payload: Any) -> list[str]:
@@ -414,7 +397,7 @@ async def test_hang_dials_and_never_answers() -> None:
 async def test_a_hung_trigger_ends_when_its_caller_hangs_up() -> None:
     receiver = Receiver()
     simulator = Simulator(pace=0, faults=Faults(hang=True), transport=httpx.ASGITransport(receiver))
-    async with served(simulator.app) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(lambda _: simulator.app) as (url, _), httpx.AsyncClient(base_url=url) as client:
         waiting = asyncio.create_task(client.post("/hooks/carrier-call", json={"callback_url": CALLBACK_URL}))
         await receiver.has(1)
         waiting.cancel()
@@ -425,7 +408,7 @@ async def test_a_hung_trigger_ends_when_its_caller_hangs_up() -> None:
 
 async def test_disconnect_dials_and_breaks_the_answer() -> None:
     simulator = Simulator(pace=0, faults=Faults(disconnect=True))
-    async with served(simulator.app) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(lambda _: simulator.app) as (url, _), httpx.AsyncClient(base_url=url) as client:
         with pytest.raises(httpx.RemoteProtocolError):
             await client.post("/hooks/carrier-call", json={})
         await simulator.settled()
@@ -827,7 +810,7 @@ async def test_unknown_faults_are_refused_and_change_nothing(body: dict[str, obj
 
 
 async def test_the_app_runs_by_itself_and_says_so() -> None:
-    async with served(create_app(pace=60)) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(lambda _: create_app(pace=60)) as (url, _), httpx.AsyncClient(base_url=url) as client:
         assert (await client.get("/simulator/healthz")).json() == {"status": "ok"}
         await trigger(client, callback_url=None)
 
@@ -1271,8 +1254,9 @@ async def test_the_command_asks_for_approvals_if_told_to() -> None:
         local.environment(HAPPYROBOT_X_API_KEY="hook-key"),
         local.child("simulate", "--port", "0", "--pace", "0", "--approval") as address,
     ):
+        receiver = Receiver()
         async with (
-            served(Starlette(routes=[Mount("/", receiver := Receiver())])) as callback_url,
+            serving(lambda _: Starlette(routes=[Mount("/", receiver)])) as (callback_url, _),
             httpx.AsyncClient(base_url=address, headers={"x-api-key": "hook-key"}) as client,
         ):
             await trigger(client, callback_url=callback_url)

@@ -19,6 +19,21 @@ from switchboard.settings import Settings
 from switchboard.wiring import State, addresses, connected
 from switchboard.worker import working
 
+_ROUTERS = (
+    calling.router,
+    reading.router,
+    stats.router,
+    deciding.router,
+    deliveries.router,
+    callbacks.router,
+    stream.router,
+    access.router,
+    public.router,
+    reference.router,
+    console.router,
+    health.router,
+)
+
 
 def create_app(
     settings: Settings | None = None, *, upstream: httpx.AsyncBaseTransport | None = None, worker: bool = True
@@ -52,18 +67,9 @@ def create_app(
     errors.install(app)
     edge.install(app, settings)
     app.add_middleware(tracing.Traced)
-    app.include_router(calling.router)
-    app.include_router(reading.router)
-    app.include_router(stats.router)
-    app.include_router(deciding.router)
-    app.include_router(deliveries.router)
-    app.include_router(callbacks.router)
-    app.include_router(stream.router)
-    app.include_router(access.router)
-    app.include_router(public.router)
-    app.include_router(reference.router)
-    app.include_router(console.router)
-    app.include_router(health.router)
+    for router in _ROUTERS:
+        # As they are: `include_router` would make each of them again, for the first request, to add nothing.
+        app.router.routes.extend(router.routes)
     app.add_direct(*callbacks.router.routes, *calling.router.routes, *reading.router.routes)
 
     document = app.openapi
