@@ -113,8 +113,8 @@ class Receiver:
                 await asyncio.wait({answering, left}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 await _cancel(answering, left)
-        except ConnectionError:
-            pass  # it may well be cut
+        except (ConnectionError, EOFError):
+            pass  # it may well be cut, also in the middle of a request
         finally:
             self.open -= 1
 

@@ -1098,6 +1098,18 @@ async def test_an_attempt_that_took_too_long_does_not_undo_what_another_has_done
     assert [attempt.error for attempt in await bench.attempts(row.id)] == [None, "no answer within 10 seconds"]
 
 
+async def test_whoever_finds_somebody_sending_looks_again_when_their_time_is_over(bench: Bench, receiver: Receiver):
+    """The rest of it, and not all of it once more: they may have been gone for a while."""
+    await bench.started(key_id := await bench.key(receiver.url))
+    (row,) = await bench.posted(key_id)
+    async with bench.db.begin() as conn:
+        await conn.execute(update(deliveries).values(claimed_until=func.now() + timedelta(seconds=8)))
+    made = Sender(bench.settings)
+    assert await Deliverer(bench.settings, bench.db, made).deliver(str(row.id)) == pytest.approx(8, abs=1)
+    await made.aclose()
+    assert receiver.requests == []
+
+
 async def test_a_delivery_that_is_not_there_is_nothing_to_do(bench: Bench, receiver: Receiver):
     made = Sender(bench.settings)
     assert await Deliverer(bench.settings, bench.db, made).deliver(str(uuid4())) is None

@@ -215,6 +215,26 @@ async def test_a_signal_ends_the_service_and_its_streams_in_order(
     assert (code, err) == (0, "")
 
 
+def test_a_signal_waits_until_the_event_loop_is_whole(monkeypatch: pytest.MonkeyPatch):
+    made: list[asyncio.AbstractEventLoop] = []
+    genuine = asyncio.events.new_event_loop
+
+    def interrupted() -> asyncio.AbstractEventLoop:
+        signal.raise_signal(signal.SIGTERM)
+        made.append(genuine())
+        return made[0]
+
+    monkeypatch.setattr(asyncio.events, "new_event_loop", interrupted)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        with pytest.raises(SystemExit):
+            local.run(asyncio.sleep(60))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    [loop] = made
+    assert loop.is_closed()
+
+
 async def test_the_service_goes_when_the_one_who_started_it_is_killed(environment: None):
     starter = await asyncio.create_subprocess_exec(sys.executable, "-c", STARTER, stdout=subprocess.PIPE)
     assert starter.stdout is not None

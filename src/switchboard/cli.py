@@ -3,7 +3,6 @@
 What a command needs is imported when it runs: everything together takes longer to import than most commands take.
 """
 
-import asyncio
 import contextlib
 import signal
 import sys
@@ -208,7 +207,7 @@ def work(
             _migrate()
         with contextlib.nullcontext() if metrics_port is None else _metrics_on(metrics_host, metrics_port):
             typer.echo(f"Switchboard {__version__} works in the background")
-            asyncio.run(background.work(Settings()))
+            local.run(background.work(Settings()))
 
 
 @contextlib.contextmanager
@@ -250,7 +249,7 @@ def _migrate() -> None:
 
     url = Settings().database_url
     assert url is not None  # noqa: S101  # local.servers() has seen to it
-    asyncio.run(migrations.migrate(url.get_secret_value()))
+    local.run(migrations.migrate(url.get_secret_value()))
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """What a machine without any set-up needs: free ports, embedded servers, the simulator, child processes."""
 
+import asyncio
 import contextlib
 import os
 import secrets
@@ -9,9 +10,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from switchboard.settings import Settings
@@ -38,6 +40,39 @@ class NoFolder(Exception):
 
 class ChildFailed(Exception):
     """A process that was started beside this one left at once."""
+
+
+Result = TypeVar("Result")
+
+
+def run(main: Coroutine[Any, Any, Result]) -> Result:
+    """As `asyncio.run`, which leaves half an event loop behind where a signal ends the command as it is made."""
+    with contextlib.closing(main), _runner() as runner:
+        return runner.run(main)
+
+
+@contextlib.contextmanager
+def _runner() -> Iterator[asyncio.Runner]:
+    with contextlib.ExitStack() as stack:
+        with _undisturbed():
+            runner = stack.enter_context(asyncio.Runner())
+        yield runner
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals that come meanwhile are dealt with afterwards."""
+    came: list[int] = []
+
+    def remember(signum: int, _: FrameType | None) -> None:
+        came.append(signum)
+
+    before = {signum: signal.signal(signum, remember) for signum in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 @contextlib.contextmanager

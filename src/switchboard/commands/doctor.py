@@ -79,7 +79,7 @@ def run(*, as_json: bool) -> None:
     """Prints what the checks find; ends with status 1 if anything is wrong."""
     settings, findings = _settings()
     logs.configure(settings.model_copy(update={"log_level": "error"}))
-    all_is_well = asyncio.run(_report(_with_what_runs_here(settings), findings, as_json=as_json))
+    all_is_well = local.run(_report(_with_what_runs_here(settings), findings, as_json=as_json))
     raise typer.Exit(0 if all_is_well else 1)
 
 

@@ -1,6 +1,5 @@
 """What these commands share: the way to the database, how they read and write, and how they end."""
 
-import asyncio
 import contextlib
 import sys
 from collections.abc import Awaitable, Callable
@@ -33,7 +32,7 @@ def in_database(work: Callable[[AsyncConnection, Settings], Awaitable[Result]], 
             settings = Settings()
         logs.configure(settings)
         assert settings.database_url is not None  # noqa: S101  # local.servers() has seen to it
-        return asyncio.run(_in_transaction(settings.database_url.get_secret_value(), settings, work))
+        return local.run(_in_transaction(settings.database_url.get_secret_value(), settings, work))
 
 
 def _enough_for_the_database() -> Settings:

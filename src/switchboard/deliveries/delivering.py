@@ -139,7 +139,7 @@ class Deliverer:
             delivery = await _claim(conn, delivery_id)
             endpoint = None if delivery is None else await self._endpoint(conn, delivery.key_id)
         if delivery is None:
-            return _CLAIM  # somebody else is sending it, or has just tried
+            return _SOON  # somebody else was faster: when it is to be looked at is known by then
         began = time.monotonic()
         attempt = await self._attempt(delivery, endpoint)
         lane.note(time.monotonic() - began)
@@ -187,13 +187,17 @@ _is_pending = deliveries.c.status == DeliveryStatus.PENDING
 
 
 async def _waiting(conn: AsyncConnection, delivery_id: UUID) -> Row[Any] | None:
-    """A delivery that is to be sent: whose it is, in how many seconds, and whether it is the next of its execution."""
+    """A delivery that is to be sent: whose it is, in how many seconds, and whether it is the next of its execution.
+
+    One that somebody is sending is so at the earliest when they have had their time.
+    """
     earlier = deliveries.alias()
     # Its first attempt is not over: what follows would overtake it. An endpoint that fails does not hold up the rest.
     not_tried = and_(earlier.c.status == DeliveryStatus.PENDING, earlier.c.failures == 0)
+    free_at = func.greatest(deliveries.c.due_at, deliveries.c.claimed_until)
     query = select(
         deliveries.c.key_id,
-        cast(extract("epoch", deliveries.c.due_at - func.clock_timestamp()), Float).label("due_in"),
+        cast(extract("epoch", free_at - func.clock_timestamp()), Float).label("due_in"),
         ~exists()
         .where(earlier.c.execution_id == deliveries.c.execution_id, earlier.c.number < deliveries.c.number, not_tried)
         .label("is_first"),

@@ -1,6 +1,5 @@
 """A customer's website: starts a call over the Public API, is told about it, and decides what it asks."""
 
-import asyncio
 import contextlib
 import hashlib
 import hmac
@@ -180,4 +179,4 @@ def _in_database(work: Callable[[AsyncConnection, Settings], Awaitable[Result]])
         finally:
             await engine.dispose()
 
-    return asyncio.run(do())
+    return local.run(do())
