@@ -60,6 +60,8 @@ class Wire:
     """Bytes a second."""
     left: int | None = None
     """Of new connections: after how many bytes of what is sent they break."""
+    room: int | None = None
+    """Bytes that the system lets wait at each end for who does not read; by itself, it takes what it thinks fit."""
     mute: bool = False
     """Whether new connections break as soon as they are answered."""
     _open: set[_Connection] = field(default_factory=set)
@@ -144,6 +146,9 @@ class Wire:
         except OSError:
             _reset(writer)
             return
+        if self.room is not None:
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.room)
+            far.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.room)
         connection = _Connection(writer, far, self.left, self.mute, lost=self._swallowing)
         self._open.add(connection)
         pumps = [

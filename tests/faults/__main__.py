@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+from itertools import groupby
 from pathlib import Path
 
 import uvloop
@@ -49,13 +50,24 @@ def _report(seed: int, tally: Tally) -> None:
     _say(f"seed {seed}: nothing lost in {tally.rounds} rounds with {tally.faults.total()} faults")
     _say(f"  acknowledged: {tally.callbacks} callbacks, {tally.calls} calls; {tally.events} events at browsers")
     _say(f"  in {tally.streams} streams, {tally.webhooks} webhooks; back after {tally.slowest:.1f} s at most")
+    _say(f"  {tally.uncalled} calls were given up, and said so")
+    if refusals := sorted(tally.refusals):
+        usually, seldom = (refusals[int(share * len(refusals))] for share in (0.5, 0.99))
+        _say(f"  503 after {usually:.2f} s, of a hundred one after {seldom:.2f} s, {refusals[-1]:.2f} s at most")
     for name, times in sorted(tally.faults.items()):
         _say(f"  {times:4} {name}")
     for name, times in sorted(tally.answers.items()):
         _say(f"  {times:6} {name}")
     for name, sizes in tally.sizes.items():
-        some = [sizes[place] for place in (0, len(sizes) // 2, -1)]
-        _say(f"  {name}: {', then '.join(f'{size.memory >> 20} MB and {size.files} files' for size in some)}")
+        lives = [list(life) for _, life in groupby(sizes, key=lambda size: size.pid)]
+        longest = max(lives, key=len)
+        grown = max(life[-1].memory - life[0].memory for life in lives)
+        some = [longest[place] for place in (0, len(longest) // 2, -1)]
+        _say(
+            f"  {name}: {len(lives)} processes, one for {len(longest)} rounds:"
+            f" {', then '.join(f'{size.memory >> 20} MB and {size.files} files' for size in some)};"
+            f" none grew by more than {grown >> 20} MB"
+        )
 
 
 def main() -> None:

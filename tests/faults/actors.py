@@ -8,14 +8,15 @@ import asyncio
 import contextlib
 import json
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import chain, repeat
+from socket import SO_RCVBUF, SOL_SOCKET
 from typing import Any
 
 import httpx
 from httpx_sse import ServerSentEvent, aconnect_sse
-from pydantic_core import to_json
 
 from switchboard.errors import PUBLIC
 from tests.conftest import HOOK_KEY
@@ -41,6 +42,17 @@ _AT_ONCE = 60
 
 _RETRIES_FOR = 400.0
 """Seconds for which a client repeats what it may repeat."""
+
+_ANSWERS_BADLY = {"hang", "disconnect", "answer"}
+"""What HappyRobot may do instead of confirming a call."""
+_PLACES = {"one", "other", "HappyRobot"}
+"""Where something fails of which it is not known whether a call was placed."""
+
+_LARGE, _LARGE_AFTER = 200_000, 12
+"""Bytes of a callback in so many: a browser that does not read is soon behind."""
+
+_STALLS_FOR = 5.0
+"""Seconds for which it does not."""
 
 
 @dataclass(eq=False)
@@ -132,19 +144,20 @@ class Cast:
 
     async def place_a_call(self) -> None:
         intent = self._intent(keyed=self.scene.chance.random() < 0.6)
-        body = {"context_id": intent.context_id, "intent": intent.id, "simulate": self._wishes()}
+        wishes = self._wishes()
+        intent.unlucky = not _ANSWERS_BADLY.isdisjoint(wishes["faults"])
+        body = {"context_id": intent.context_id, "intent": intent.id, "simulate": wishes}
         headers = {} if intent.key is None else {"Idempotency-Key": intent.key}
         async for answer in self._asking(
             self.app, "a trigger", "/api/happyrobot/trigger", body, headers, again=bool(intent.key)
         ):
             said = answer.json()
             intent.execution_id = said.get("execution_id", intent.execution_id)
-            if answer.status_code == 200:
-                intent.run_ids = said["run_ids"]
-                intent.accepted = True
-                return
-            if answer.status_code == 502:
-                intent.failed = said["status"] == "failed"
+            if answer.status_code != 409:
+                intent.run_ids = said.get("run_ids", [])
+                intent.accepted, intent.failed = answer.status_code == 200, said.get("status") == "failed"
+                if not (intent.accepted or intent.unlucky or self.book.outages.explain(_PLACES, intent.began)):
+                    self.book.complain(f"intent {intent.id} was answered {answer.text}, and nothing explains it")
                 return
 
     async def execute_an_agent(self) -> None:
@@ -201,34 +214,26 @@ class Cast:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _RETRIES_FOR
         while loop.time() < deadline:
-            answer = await self._once(http, "GET" if body is None else "POST", path, headers, json=body)
-            if answer is None:
-                self.book.answers[f"{what} -"] += 1
-            else:
-                self.book.note(what, answer)
-                if answer.status_code != 503:
-                    yield answer
+            answer = await self._once(http, what, "GET" if body is None else "POST", path, headers, json=body)
+            if answer is not None and answer.status_code != 503:
+                yield answer
             if not again:
                 return
             await asyncio.sleep(self.scene.chance.uniform(0.3, 1.0))
         self.book.complain(f"{what} had no answer for {_RETRIES_FOR} s: {path}, {body}")
 
     async def _once(
-        self, http: httpx.AsyncClient, method: str, path: str, headers: dict[str, str], **more: Any
+        self, http: httpx.AsyncClient, what: str, method: str, path: str, headers: dict[str, str], **more: Any
     ) -> httpx.Response | None:
         """An answer; None where the connection broke before there was one."""
-        try:
-            return await http.request(method, path, headers=headers, **more)
-        except CUT:
-            return None
+        asked, answer = time.monotonic(), None
+        with contextlib.suppress(*CUT):
+            answer = await http.request(method, path, headers=headers, **more)
+        self.book.note(what, answer, asked)
+        return answer
 
     async def _get(self, what: str, path: str, headers: dict[str, str] | None = None) -> httpx.Response | None:
-        answer = await self._once(self.poller, "GET", path, headers or {})
-        if answer is None:
-            self.book.answers[f"{what} -"] += 1
-        else:
-            self.book.note(what, answer)
-        return answer
+        return await self._once(self.poller, what, "GET", path, headers or {})
 
     # What HappyRobot's workflows send beside the story of a call
 
@@ -246,29 +251,32 @@ class Cast:
         await asyncio.gather(*(self._send(run.id, marker, kind) for _ in range(1 if chance.random() < 0.7 else 2)))
 
     async def _send(self, run_id: str, marker: str, kind: str) -> None:
-        headers, body = {"X-API-KEY": HOOK_KEY}, {"run_id": run_id, "event_type": kind, "data": {"marker": marker}}
+        headers, data = {"X-API-KEY": HOOK_KEY}, {"marker": marker}
+        body: dict[str, Any] = {"run_id": run_id, "event_type": kind, "data": data}
         number = int(marker.partition("-")[2])
+        if kind == "note" and number % _LARGE_AFTER == 0:
+            data["contents"] = "x" * _LARGE
         match number % 3:
             case 0:
                 headers["X-Webhook-Id"] = marker
             case 1:
                 body["timestamp"] = f"2026-01-01T00:00:00.{number % 1_000_000:06}Z"
             case _ if kind == "note":
-                data = {"run_id": run_id, "marker": marker}
+                data["run_id"] = run_id
                 body = {"specversion": "1.0", "id": marker, "source": "s", "type": "note", "data": data}
             case _:
                 headers["X-Webhook-Id"] = marker
         unknown = False
         for pause in chain((0.1, 0.2, 0.4, 0.8), repeat(1.5, 30)):
-            answer = await self._once(
-                self.happyrobot, "POST", "/api/webhooks/happyrobot", headers, content=json.dumps(body)
-            )
-            if answer is not None:
-                self.book.note("a callback", answer)
-                if answer.status_code == 200:
-                    self.book.acknowledged.add(marker)
-                    return
-                unknown |= answer.status_code == 404  # nobody has named its run, and perhaps nobody will
+            named, path = run_id in self.book.named, "/api/webhooks/happyrobot"
+            answer = await self._once(self.happyrobot, "a callback", "POST", path, headers, content=json.dumps(body))
+            if answer is not None and answer.status_code == 200:
+                self.book.acknowledged.add(marker)
+                return
+            if answer is not None and answer.status_code == 404:
+                unknown = True  # nobody has named its run, and perhaps nobody will
+                if named:
+                    self.book.complain(f"callback {marker} was answered 404, though run {run_id} was named")
             await asyncio.sleep(pause)
         if not unknown:
             self.book.complain(f"callback {marker} of run {run_id} was not taken for three quarters of a minute")
@@ -277,8 +285,7 @@ class Cast:
 
     async def look(self) -> None:
         chance, book = self.scene.chance, self.book
-        known = [run_id for intent in book.intents for run_id in intent.run_ids]
-        if not known:
+        if not (known := book.named):
             return
         run_id = chance.choice(known)
         match chance.randrange(4):
@@ -306,17 +313,20 @@ class Cast:
 
     async def follow_a_run(self) -> None:
         """Opens a run's own page, which shows all that has happened to it, and stays until its end."""
-        known = [run_id for intent in self.book.intents for run_id in intent.run_ids]
-        if known and len(self.browsers) < _BROWSERS:
+        if (known := self.book.named) and len(self.browsers) < _BROWSERS:
             Browser(self, {"run_id": self.scene.chance.choice(known)}, after=0).start()
 
     async def cancel(self) -> None:
-        known = [run_id for intent in self.book.intents for run_id in intent.run_ids]
-        if known:
-            path = f"/api/happyrobot/runs/{self.scene.chance.choice(known)}/cancel"
-            answer = await self._once(self.app, "POST", path, {}, json={})
-            if answer is not None:
-                self.book.note("a cancellation", answer)
+        book = self.book
+        if not (known := book.named):
+            return
+        run_id = self.scene.chance.choice(known)
+        final, path = book.finals.get(run_id), f"/api/happyrobot/runs/{run_id}/cancel"
+        answer = await self._once(self.app, "a cancellation", "POST", path, {}, json={})
+        if answer is not None and answer.status_code in (200, 202, 409):
+            book.tell_status(run_id, answer.json()["status"].upper(), final, "cancellation")
+            if answer.status_code != 409:
+                book.canceled.add(run_id)
 
 
 @dataclass(frozen=True)
@@ -364,13 +374,15 @@ class Browser:
         chance = self.cast.scene.chance
         while not self.ended:
             url, patience = self.cast.scene.front.url, httpx.Timeout(5, read=20)
-            async with httpx.AsyncClient(base_url=url, timeout=patience, verify=PLAIN) as http:
+            # What it has not read is not to wait on its own machine.
+            little = httpx.AsyncHTTPTransport(verify=PLAIN, socket_options=[(SOL_SOCKET, SO_RCVBUF, 16_384)])
+            async with httpx.AsyncClient(base_url=url, timeout=patience, transport=little) as http:
                 with contextlib.suppress(httpx.TransportError):
                     await self._read(http)
             await asyncio.sleep(chance.uniform(0.05, 0.4))
 
     async def _read(self, http: httpx.AsyncClient) -> None:
-        chance = self.cast.scene.chance
+        chance, asked = self.cast.scene.chance, time.monotonic()
         # As a browser does it: with what `id:` said last, if it has said anything.
         headers = {} if self.place is None else {"Last-Event-ID": self.place}
         async with contextlib.AsyncExitStack() as stack:
@@ -381,7 +393,7 @@ class Browser:
                 return  # see `CUT`
             if source.response.status_code != 200:
                 await source.response.aread()
-                self.cast.book.note("a stream", source.response)
+                self.cast.book.note("a stream", source.response, asked)
                 self.ended = source.response.status_code == 204
                 return
             self.streams += 1
@@ -394,7 +406,7 @@ class Browser:
                     await asyncio.sleep(0.05)
                 if stalls and chance.random() < 0.05:
                     stalls = False
-                    await asyncio.sleep(4)
+                    await asyncio.sleep(_STALLS_FOR)
                 if self.manner == "leaves" and chance.random() < 0.03:
                     return
 
@@ -412,8 +424,7 @@ class Browser:
             self.after = int(sse.id)  # where it has joined
 
     def _take(self, event: dict[str, Any]) -> None:
-        data = to_json(event["data"]).decode()
-        seen = Seen(event["id"], event["run_id"], event["context_id"], event["event_type"], event["status"], data)
+        seen = Seen.of(event)
         last = self.seen[-1].id if self.seen else self.after
         if last is None or seen.id <= last:
             self.cast.book.complain(f"a browser was sent event {seen.id} after {last}")

@@ -13,14 +13,14 @@ import httpx
 from tests.faults.actors import PATIENCE, PLAIN, Browser, Cast
 from tests.faults.check import examine
 from tests.faults.harm import FAULTS, Fault
-from tests.faults.ledger import Book
+from tests.faults.ledger import Book, Outages
 from tests.faults.parts import Size
 from tests.faults.recovery import until_well
 from tests.faults.scene import Scene
 
-_ROOM, _FILES = 80_000_000, 60
-"""Bytes and open files that a process may have more of than after its first round: pools and caches fill up, and
-browsers whose round is open stay."""
+_ROOM, _FILES = 50_000_000, 60
+"""Bytes (and a fifth) and open files that a process may have more of than after its first round: pools and caches fill
+up, and browsers whose round is open stay."""
 
 
 _BEGINS_WITHIN = 60.0
@@ -38,6 +38,10 @@ class Tally:
     """Acknowledged, HappyRobot's and our own."""
     calls: int = 0
     """Triggers and executions that were accepted."""
+    uncalled: int = 0
+    """Of these, executions whose calls were given up and said so."""
+    refusals: list[float] = field(default_factory=list)
+    """Seconds after which requests were answered 503."""
     events: int = 0
     """At browsers."""
     streams: int = 0
@@ -84,6 +88,7 @@ class Campaign:
         self.tally = Tally()
         self._say = say
         self._back_within, self._goes_on_after, self._closes_within = back_within, goes_on_after, closes_within
+        self._outages = Outages()
         self._open: list[Cast] = []
         self._closed: list[Cast] = []
 
@@ -99,13 +104,14 @@ class Campaign:
         """One round: each fault begins after so many seconds and lasts for so many."""
         scene, number = self.scene, self.tally.rounds
         self.tally.rounds += 1
-        book = Book(number, [f"context-{number}-{letter}" for letter in "abcd"])
+        book = Book(number, [f"context-{number}-{letter}" for letter in "abcd"], self._outages)
         cast = Cast(scene, book, self._client(), self._client(), self._client(), self._client())
         self._open.append(cast)
         newest = await scene.newest_event()
         for context_id, manner in zip(book.contexts, ("reads", "slow", "stalls", "leaves"), strict=True):
             Browser(cast, {"context_id": context_id}, None if manner == "leaves" else newest, manner).start()
-        Browser(cast, {}, newest, "leaves").start()
+        for manner in ("leaves", "stalls"):
+            Browser(cast, {}, newest, manner).start()
         cast.repeat(cast.place_a_call, 3)
         cast.repeat(cast.execute_an_agent, 1.5)
         cast.repeat(cast.call_back, 12)
@@ -120,6 +126,7 @@ class Campaign:
             recovery = await until_well(scene, self._back_within)
         except TimeoutError as error:
             raise Broken(f"{_about(book)}: not back within {self._back_within} s: {error}") from None
+        self._outages.end()
         self.tally.slowest = max(self.tally.slowest, recovery.took)
         await asyncio.sleep(scene.chance.uniform(0.3, 1.0))  # at work as before
         cast.stop()
@@ -146,8 +153,10 @@ class Campaign:
         await self._settle()
         # Nothing that came later may have changed what was right: somebody who woke up, or took over.
         for cast in self._closed:
-            if (found := await examine(cast)).wrong:
-                raise Broken(f"{_about(cast.book)}, afterwards:", found.wrong)
+            found = await examine(cast)
+            if findings := found.wrong + found.open:
+                raise Broken(f"{_about(cast.book)}, afterwards:", findings)
+            self.tally.uncalled += found.uncalled
         self._mind_surprises()
         if unanswered := [what for what in _ANSWERED if not self.tally.answers[f"{what} {_ANSWERED[what]}"]]:
             raise Broken(f"nobody was ever answered {', '.join(unanswered)}")
@@ -159,6 +168,7 @@ class Campaign:
         await asyncio.sleep(after)
         book.faults.append(fault.name)
         self.tally.faults[fault.name] += 1
+        self._outages.begin(fault.on)
         until = time.monotonic() + lasts
         await fault.begin(self.scene)
         await asyncio.sleep(until - time.monotonic())
@@ -182,7 +192,7 @@ class Campaign:
         found = await examine(cast)
         if found.wrong:
             raise Broken(f"{_about(book)}:", found.wrong)
-        cast.waits_for = found.open if done else [*found.open, "a client waits"]
+        cast.waits_for = [*found.open, *found.unseen, *([] if done else ["a client waits"])]
         if not cast.waits_for:
             self._open.remove(cast)
             self._closed.append(cast)
@@ -212,7 +222,7 @@ class Campaign:
             sizes = self.tally.sizes.setdefault(name, [])
             sizes.append(size)
             first = next(each for each in sizes if each.pid == size.pid)
-            if size.memory > 1.5 * first.memory + _ROOM or size.files > first.files + _FILES * (1 + len(self._open)):
+            if size.memory > 1.2 * first.memory + _ROOM or size.files > first.files + _FILES * (1 + len(self._open)):
                 raise Broken(f"after round {self.tally.rounds - 1} {name} has grown from {first} to {size}")
 
     def _count(self, cast: Cast) -> None:
@@ -224,6 +234,7 @@ class Campaign:
         tally.calls += sum(intent.accepted for intent in book.intents)
         tally.events += sum(len(browser.seen) for browser in cast.browsers)
         tally.streams += sum(browser.streams for browser in cast.browsers)
+        tally.refusals += book.refusals
 
 
 def _about(book: Book) -> str:

@@ -8,12 +8,11 @@ from datetime import datetime
 from typing import Any
 
 import asyncpg
-from pydantic_core import from_json, to_json
+from pydantic_core import from_json
 
 from switchboard.happyrobot.simulator import Call, Run
 from tests.faults.actors import Cast, View
 from tests.faults.customers import Customer, Notice, Told
-from tests.faults.harm import named
 from tests.faults.ledger import FINAL, Book, Seen
 from tests.faults.scene import Name, Said, Scene, to_the_millisecond
 
@@ -27,6 +26,10 @@ class Findings:
     """What will not become right any more."""
     open: list[str] = field(default_factory=list)
     """What is not there yet."""
+    unseen: list[str] = field(default_factory=list)
+    """What browsers are still to be sent."""
+    uncalled: int = 0
+    """Calls that were accepted and not placed, as something had failed."""
 
 
 @dataclass
@@ -54,6 +57,7 @@ async def examine(cast: Cast) -> Findings:
     _calls(book, facts, found)
     _nobody_is_forgotten(book, facts, found)
     _answers(book, facts, found)
+    _cancellations(book, facts, found)
     _decisions(scene, book, facts, found)
     _timelines(book, facts, found)
     _ends(facts, found)
@@ -61,7 +65,7 @@ async def examine(cast: Cast) -> Findings:
     for view in views:
         await _stream(scene, view, facts, found)
     for customer, earlier in zip(scene.customers, told, strict=True):
-        _webhooks(_Mail.of(customer, earlier, facts), facts, found)
+        _webhooks(_Mail.of(customer, earlier, book, facts), facts, found)
         found.wrong += customer.forgeries
     return found
 
@@ -145,27 +149,32 @@ def _calls(book: Book, facts: _Facts, found: Findings) -> None:
             found.wrong.append(f"intent {intent.id} was answered that nobody was called, and somebody was")
 
 
-_NEEDED = {"one", "other", "worker", "other worker", "PostgreSQL", "HappyRobot"}
-"""Who places calls, and what that needs: where one of them fails it may be that nobody is called."""
+_NEEDED = {"worker", "other worker", "PostgreSQL", "HappyRobot"}
+"""Who places calls for customers, and what that needs: where one of them fails it may be that nobody is called."""
+_SETTLED_BY = 15.0
+"""Seconds after a round for which its last calls may still be under way."""
 
 
 def _nobody_is_forgotten(book: Book, facts: _Facts, found: Findings) -> None:
-    """Whoever was accepted is called, unless something failed that explains why not."""
-    if any(named(fault).on in _NEEDED for fault in book.faults):
-        return
+    """Whoever was accepted is called, unless something failed that explains why not; then its execution says so."""
+    explained = book.outages.explain(_NEEDED, book.began, book.ended + _SETTLED_BY)
     tried = {call.payload["execution_id"] for call in facts.calls if call.payload is not None}
     for intent in book.intents:
-        if intent.accepted and intent.execution_id not in tried:
+        execution = facts.executions.get(intent.execution_id or "")
+        if not intent.accepted or execution is None or intent.execution_id in tried:
+            continue
+        found.uncalled += 1
+        if not explained:
             found.open.append(f"nobody was called for execution {intent.execution_id}, and nothing explains it")
+        elif execution["status"] not in ("failed", "submission_unknown"):
+            found.open.append(f"execution {intent.execution_id} is {execution['status']}, and nobody was called for it")
 
 
 def _answers(book: Book, facts: _Facts, found: Findings) -> None:
-    """What was accepted is known, under the ids that were named."""
+    """What was named is there, under the ids that it was given."""
     for intent in book.intents:
-        if not intent.accepted:
-            continue
-        if intent.execution_id not in facts.executions:
-            found.wrong.append(f"execution {intent.execution_id} was accepted, and is not there")
+        if intent.execution_id is not None and intent.execution_id not in facts.executions:
+            found.wrong.append(f"execution {intent.execution_id} was named, and is not there")
         for run_id in intent.run_ids:
             run = facts.runs.get(run_id)
             if run is None or str(run["execution_id"]) != intent.execution_id:
@@ -173,6 +182,16 @@ def _answers(book: Book, facts: _Facts, found: Findings) -> None:
         execution = facts.executions.get(intent.execution_id or "")
         if intent.decision == "reject" and execution is not None and execution["status"] != "cancelled":
             found.wrong.append(f"execution {intent.execution_id} was rejected, and is {execution['status']}")
+
+
+def _cancellations(book: Book, facts: _Facts, found: Findings) -> None:
+    """Each that was acknowledged is in the timeline of its run, once."""
+    wished = Counter(row["run_id"] for row in facts.events if row["event_type"] == "cancel_requested")
+    found.wrong += [
+        f"to cancel run {run_id} was acknowledged, and is there {wished[run_id]} times"
+        for run_id in book.canceled
+        if wished[run_id] != 1
+    ]
 
 
 _DECIDED = {"approve": "approved", "reject": "rejected"}
@@ -273,7 +292,7 @@ def _together(statuses: Sequence[str]) -> str:
 async def _stream(scene: Scene, browser: View, facts: _Facts, found: Findings) -> None:
     """A browser has been sent every event of its scope, once and in order, up to the last that it has seen."""
     if browser.after is None:
-        found.open.append(f"a browser ({browser.params}) has not begun")
+        found.unseen.append(f"a browser ({browser.params}) has not begun")
         return
     seen = browser.seen
     last = seen[-1].id if seen else browser.after
@@ -283,14 +302,7 @@ async def _stream(scene: Scene, browser: View, facts: _Facts, found: Findings) -
         newest = max((row["id"] for row in facts.events), default=0)
         rows = await scene.events_between(browser.after, max(last, newest))
     wanted = [
-        Seen(
-            row["id"],
-            row["run_id"],
-            row["context_id"],
-            row["event_type"],
-            row["status"],
-            to_json(row["data"]).decode(),
-        )
+        Seen.of(row)
         for row in rows
         if row["id"] > browser.after and context_id in (None, row["context_id"]) and run_id in (None, row["run_id"])
     ]
@@ -301,9 +313,9 @@ async def _stream(scene: Scene, browser: View, facts: _Facts, found: Findings) -
         surplus = [event.id for event in seen if event not in set(so_far)]
         found.wrong.append(f"{who} misses {missing}, has besides {surplus}")
     elif len(wanted) > len(so_far) and not browser.ended:
-        found.open.append(f"{who} waits for {len(wanted) - len(so_far)} events")
+        found.unseen.append(f"{who} waits for {len(wanted) - len(so_far)} events")
     elif run_id is not None and not browser.ended:
-        found.open.append(f"{who} was not told that its run is over")
+        found.unseen.append(f"{who} was not told that its run is over")
     elif browser.ended:
         last_words = next((event.status for event in seen if event.status in FINAL), None)
         if last_words is None or browser.end not in (None, last_words):
@@ -333,9 +345,11 @@ class _Mail:
     kept: dict[_About, list[asyncpg.Record]]
     ends: dict[str, int]
     """How often executions may have ended: of several runs one may have before anybody had heard of another."""
+    listens: bool
+    """Whether its server has taken whatever came to it."""
 
     @classmethod
-    def of(cls, customer: Customer, earlier: Told, facts: _Facts) -> "_Mail":
+    def of(cls, customer: Customer, earlier: Told, book: Book, facts: _Facts) -> "_Mail":
         mine = {name for name, row in facts.executions.items() if row["key_id"] == customer.key_id}
         kept: defaultdict[_About, list[asyncpg.Record]] = defaultdict(list)
         for row in facts.deliveries:
@@ -344,7 +358,8 @@ class _Mail:
         runs = Counter(story.payload["execution_id"] for story in facts.stories.values())
         ends = {name: max(1, runs[name] if facts.executions[name]["unconfirmed"] else 1) for name in mine}
         told = {about: notices for about, notices in earlier.items() if about[0] in mine}
-        return cls(customer.name, told, customer.told, kept, ends)
+        listens = customer.mood != "badly" and not book.outages.explain({"customers"}, book.began)
+        return cls(customer.name, told, customer.told, kept, ends, listens)
 
 
 def _webhooks(mail: _Mail, facts: _Facts, found: Findings) -> None:
@@ -365,7 +380,8 @@ def _webhooks(mail: _Mail, facts: _Facts, found: Findings) -> None:
                 found.wrong.append(f"{what}, with {outputs}: {runs[0]['metadata']}")
     for about, deliveries in mail.kept.items():
         for delivery in deliveries:
-            _is_kept(f"{mail.name}'s {' '.join(about)}", delivery, mail.by_now.get(about, {}), found)
+            what = f"{mail.name}'s {' '.join(about)}"
+            _is_kept(what, delivery, mail.by_now.get(about, {}), found, fails=not mail.listens)
 
 
 def _is_told(mail: _Mail, execution: asyncpg.Record, found: Findings) -> None:
@@ -387,7 +403,9 @@ _ATTEMPTS = 4
 """At a webhook that is not taken."""
 
 
-def _is_kept(what: str, delivery: asyncpg.Record, notices: Mapping[str, Notice], found: Findings) -> None:
+def _is_kept(
+    what: str, delivery: asyncpg.Record, notices: Mapping[str, Notice], found: Findings, *, fails: bool
+) -> None:
     """What is kept of a webhook is what became of it."""
     notice = notices.get(str(delivery["id"]))
     match delivery["status"]:
@@ -395,6 +413,8 @@ def _is_kept(what: str, delivery: asyncpg.Record, notices: Mapping[str, Notice],
             found.open.append(f"{what} is still to be sent")
         case "delivered" if notice is None or not notice.taken:
             found.wrong.append(f"{what} is kept as delivered, and was not")
+        case "failed" if notice is None or not fails:
+            found.wrong.append(f"{what} is kept as failed, and nobody has refused it")
         case "failed" if delivery["attempts"] != _ATTEMPTS:
             found.wrong.append(f"{what} is kept as failed, after {delivery['attempts']} attempts")
 

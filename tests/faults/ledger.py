@@ -1,10 +1,16 @@
 """What was asked for and acknowledged in a round, as those know it who asked."""
 
+import math
 import time
 from collections import Counter
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from typing import Any
 
 import httpx
+from pydantic_core import to_json
 
 from tests.faults.customers import Customer
 
@@ -27,6 +33,40 @@ _EXPECTED = {
 """What requests are answered: in progress, nothing to decide, HappyRobot did not confirm, PostgreSQL is away."""
 
 
+_CARRIES = {"one", "other", "the front"}
+"""What is between a client and its answer."""
+_REFUSES = {"one", "other", "PostgreSQL"}
+"""Where something fails that needs a 503: a process that was halted finds PostgreSQL away when it goes on."""
+
+
+@dataclass(eq=False)
+class Outage:
+    """A part has failed: from when that began until everything was served again."""
+
+    on: str
+    began: float = field(default_factory=time.monotonic)
+    over: float = math.inf
+
+
+class Outages:
+    """All that has failed so far. What is not asked of a part that fails is to be answered as on a good day."""
+
+    def __init__(self) -> None:
+        self._all: list[Outage] = []
+
+    def begin(self, on: str) -> None:
+        self._all.append(Outage(on))
+
+    def end(self) -> None:
+        """Everything is served again."""
+        for outage in self._all:
+            outage.over = min(outage.over, time.monotonic())
+
+    def explain(self, parts: AbstractSet[str], since: float, until: float = math.inf) -> bool:
+        """Whether one of these parts had failed at any time since then."""
+        return any(each.on in parts and each.over >= since and each.began <= until for each in self._all)
+
+
 @dataclass(eq=False)
 class Intent:
     """Somebody wants one call to be placed."""
@@ -40,7 +80,7 @@ class Intent:
     execution_id: str | None = None
     """Once it was named to us."""
     run_ids: list[str] = field(default_factory=list)
-    """Those that an answer 200 has named."""
+    """Those that an answer has named."""
     accepted: bool = False
     """Whether it was answered 200, or 202 by the Public API."""
     failed: bool = False
@@ -49,6 +89,13 @@ class Intent:
     """What somebody wants to decide about it."""
     decision: str | None = None
     """The same once it was acknowledged."""
+    unlucky: bool = False
+    """Whether HappyRobot was told to answer it badly."""
+    began: float = field(default_factory=time.monotonic)
+
+
+_SHORT = 2_000
+"""Bytes of an event that are remembered as they are."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +108,14 @@ class Seen:
     event_type: str
     status: str
     data: str
-    """As JSON."""
+    """As JSON, or what it comes to where that is long."""
+
+    @classmethod
+    def of(cls, event: Mapping[str, Any]) -> "Seen":
+        """From a stream, or from a row."""
+        data = to_json(event["data"])
+        said = data.decode() if len(data) < _SHORT else sha256(data).hexdigest()
+        return cls(event["id"], event["run_id"], event["context_id"], event["event_type"], event["status"], said)
 
 
 @dataclass
@@ -70,6 +124,7 @@ class Book:
 
     number: int
     contexts: list[str]
+    outages: Outages
     began: float = field(default_factory=time.monotonic)
     ended: float = 0.0
     faults: list[str] = field(default_factory=list)
@@ -79,26 +134,48 @@ class Book:
     acknowledged: set[str] = field(default_factory=set)
     """Those that were answered 200."""
     finals: dict[str, str] = field(default_factory=dict)
-    """How runs ended, as browsers or pollers were told first."""
+    """How runs ended, as somebody was told first."""
+    canceled: set[str] = field(default_factory=set)
+    """Runs that are to be stopped, which was acknowledged."""
     complaints: list[str] = field(default_factory=list)
     answers: Counter[str] = field(default_factory=Counter)
+    refusals: list[float] = field(default_factory=list)
+    """Seconds after which requests were answered 503, where nothing was between."""
 
     def copy(self) -> "Book":
         """With what is acknowledged by now: what is later may not be in the database when that is looked at."""
         intents = [replace(intent) for intent in self.intents]
-        return replace(self, intents=intents, acknowledged=set(self.acknowledged), finals=dict(self.finals))
+        acknowledged, canceled = set(self.acknowledged), set(self.canceled)
+        return replace(self, intents=intents, acknowledged=acknowledged, canceled=canceled, finals=dict(self.finals))
+
+    @property
+    def named(self) -> list[str]:
+        """Runs that somebody was told of."""
+        return [run_id for intent in self.intents for run_id in intent.run_ids]
 
     def complain(self, what: str) -> None:
         if len(self.complaints) < 50:
             self.complaints.append(what)
 
-    def note(self, what: str, answer: httpx.Response) -> None:
-        """Notes an answer; one that a careful client need not expect is a complaint by itself."""
-        self.answers[f"{what} {answer.status_code}"] += 1
+    def note(self, what: str, answer: httpx.Response | None, asked: float) -> None:
+        """Notes an answer, or that there was none; one that a careful client need not expect is a complaint by itself.
+
+        So is one that says that something is away where nothing is.
+        """
+        self.answers[f"{what} {'-' if answer is None else answer.status_code}"] += 1
+        if answer is None:
+            if not self.outages.explain(_CARRIES | _REFUSES, asked):
+                self.complain(f"{what} had no answer, and nothing explains it")
+            return
         if answer.status_code not in _EXPECTED[what]:
             self.complain(f"{what} was answered {answer.status_code}: {answer.text}")
-        if answer.status_code == 503 and "retry-after" not in answer.headers:
-            self.complain(f"{what}: 503 without Retry-After")
+        if answer.status_code == 503:
+            if "retry-after" not in answer.headers:
+                self.complain(f"{what}: 503 without Retry-After")
+            if not self.outages.explain(_REFUSES, asked):
+                self.complain(f"{what} was answered 503, and nothing explains it: {answer.text}")
+            if not self.outages.explain(_CARRIES, asked):
+                self.refusals.append(time.monotonic() - asked)
 
     def tell_status(self, run_id: str, status: str, known: str | None, where: str) -> None:
         """Somebody was told how a run stands who knew, when they asked, that it had ended so."""

@@ -4,15 +4,20 @@
 broken on purpose (`variants.py`), and `FAULTS_HASTE` makes it wait less for what only time tells.
 """
 
+import contextlib
 import os
+import socket
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import time_machine
 
 from switchboard import cli, local
+from switchboard.live import followers
 from switchboard.runs import ledger, sweep
 from tests.faults import variants
 
@@ -39,6 +44,23 @@ def _keep_time(file: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+_UNREAD, _UNSENT = 20, 32_768
+"""Events that a browser may be behind, and bytes that the system keeps for it: rounds are too short for thousands."""
+
+
+def _notice_who_does_not_read() -> None:
+    followers.MAX_UNREAD = _UNREAD
+    listening = local.listening
+
+    @contextlib.contextmanager
+    def with_little_room(*arguments: Any, **options: Any) -> Iterator[socket.socket]:
+        with listening(*arguments, **options) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT)  # of all that it accepts
+            yield listener
+
+    local.listening = with_little_room
+
+
 def _hasten() -> None:
     ledger._MARGIN = 1.0
     sweep._LOST = timedelta(seconds=2)
@@ -46,6 +68,7 @@ def _hasten() -> None:
 
 if __name__ == "__main__":
     local.leave_with_stdin()
+    _notice_who_does_not_read()
     if clock := os.environ.get(CLOCK):
         _keep_time(Path(clock))
     if variant := os.environ.get(VARIANT):

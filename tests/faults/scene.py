@@ -193,6 +193,7 @@ async def staged(
         to_postgres = await stack.enter_async_context(wired("PostgreSQL", postgres_path))
         to_valkey = await stack.enter_async_context(wired("Valkey", valkey_path))
         front = await stack.enter_async_context(wired("the front"))
+        front.room = 32_768  # a browser that does not read is soon noticed by those who serve it
         url = f"postgresql://postgres@/postgres?host={small}"
         await migrate(url)
         db = database.connect(url)

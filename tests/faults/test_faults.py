@@ -44,8 +44,14 @@ CAUGHT: dict[str, tuple[Plan, str]] = {
     "turns decisions": ([(2.0, "Valkey is flushed", 0.1)], "HappyRobot was told"),
     "ends without PostgreSQL": ([(0.5, "the way to PostgreSQL is cut", 1.5)], "ended by itself"),
     "works no more": ([(0.5, "the way to PostgreSQL is cut", 1.5)], "not back within"),
+    "forgets who is behind": ([(4.0, "Valkey is flushed", 0.1)], "misses"),
+    "needs Redis": ([(0.5, "the way to Valkey is cut", 2.0)], "503, and nothing explains it"),
+    "grows": ([(2.0, "Valkey is flushed", 0.1)], "has grown"),
 }
 """What each variant has to be caught by, and in which words."""
+
+_RIGHT_WITHIN = 45
+"""Seconds after which a round that is not right is taken for one that never will be."""
 
 
 @pytest.fixture
@@ -79,7 +85,7 @@ async def test_nothing_is_lost_whatever_fails(scene: Scene):
 @pytest.mark.large
 async def test_it_is_not_the_faults_that_are_caught(scene: Scene):
     plans = {tuple(plan): plan for plan, _ in CAUGHT.values()}
-    async with Campaign(scene, say=print, back_within=30, goes_on_after=0, closes_within=120) as campaign:
+    async with Campaign(scene, say=print, back_within=30, goes_on_after=0, closes_within=_RIGHT_WITHIN) as campaign:
         for plan in plans.values():
             await campaign.round(drawn_up(scene, plan))
         tally = await campaign.finish()
@@ -92,7 +98,7 @@ async def test_a_service_that_breaks_a_promise_is_caught(scene: Scene, request: 
     plan, words = CAUGHT[request.node.callspec.params["scene"]]
 
     async def three_rounds() -> None:
-        async with Campaign(scene, say=print, back_within=30, closes_within=30) as campaign:
+        async with Campaign(scene, say=print, back_within=30, closes_within=_RIGHT_WITHIN) as campaign:
             for _ in range(3):
                 await campaign.round(drawn_up(scene, plan))
             await campaign.finish()

@@ -21,6 +21,9 @@ from switchboard.errors import PostgresAway
 from switchboard.events import Event, NewEvent
 from switchboard.executions import ends_of
 from switchboard.happyrobot import client
+from switchboard.live import followers
+from switchboard.live.announcer import Announcer
+from switchboard.live.followers import Follower
 from switchboard.live.hub import Hub
 from switchboard.live.messages import Frame
 from switchboard.runs.appending import append, plain
@@ -216,6 +219,52 @@ def _works_no_more() -> None:
     worker._Driver._answered = idle  # type: ignore[method-assign]
 
 
+def _forgets_who_is_behind() -> None:
+    """What a browser that is far behind is to be sent besides is left out."""
+
+    genuine = Follower.push
+
+    def push(self: Follower, frames: Sequence[Frame], part: bytes) -> bool:
+        has_room = len(self._unread) + len(frames) <= followers.MAX_UNREAD
+        return has_room and genuine(self, frames, part)
+
+    Follower.push = push  # type: ignore[method-assign]
+
+
+def _needs_redis() -> None:
+    """Whoever calls back is told to come again once news could not be published."""
+    publish, away = Announcer._publish, asyncio.Event()
+
+    async def published(self: Announcer) -> None:
+        await publish(self)
+        (away.clear if self._healthy else away.set)()
+
+    def read(genuine: Callable[..., NewEvent]) -> Callable[..., NewEvent]:
+        def read_it(*arguments: Any) -> NewEvent:
+            if away.is_set():
+                raise PostgresAway("not now")
+            return genuine(*arguments)
+
+        return read_it
+
+    Announcer._publish = published  # type: ignore[method-assign]
+    _put("callbacks", "read_callback", read)
+
+
+def _grows() -> None:
+    """Something of each callback stays."""
+    kept = []
+
+    def read(genuine: Callable[..., NewEvent]) -> Callable[..., NewEvent]:
+        def read_it(*arguments: Any) -> NewEvent:
+            kept.append(b"x" * 2_000_000)
+            return genuine(*arguments)
+
+        return read_it
+
+    _put("callbacks", "read_callback", read)
+
+
 VARIANTS: dict[str, Callable[[], None]] = {
     "copies count": _copies_count,
     "answers first": _answers_first,
@@ -230,4 +279,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "turns decisions": _turns_decisions,
     "ends without PostgreSQL": _ends_without_postgresql,
     "works no more": _works_no_more,
+    "forgets who is behind": _forgets_who_is_behind,
+    "needs Redis": _needs_redis,
+    "grows": _grows,
 }
