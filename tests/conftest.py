@@ -288,6 +288,7 @@ def settings_for(database_url: str, redis_url: str, upstream_url: str | None, **
         "happyrobot_api_key": API_KEY,
         "happyrobot_api_pace": 1000,
         "app_secret": APP_SECRET,
+        "failed_logins_per_minute": 10**6,  # everybody comes from the same address
         "log_level": "warning",  # thousands of requests are no news
     }
     return Settings(**(values | more))

@@ -243,7 +243,7 @@ async def house(servers: Servers, template: str) -> AsyncIterator[House]:
     # Nothing happens by itself here: runs stay under way.
     simulator = Simulator(hook_key=HOOK_KEY, api_key=API_KEY, pace=3600)
     async with new_database(servers, template) as url, serving(lambda _: simulator.app) as (upstream, _):
-        settings = settings_for(url, servers.redis_url, upstream, allow_anonymous=False, failed_logins_per_minute=10**6)
+        settings = settings_for(url, servers.redis_url, upstream, allow_anonymous=False)
         async with running_service(settings) as service:
             house = House(service, simulator, *await everybody(service))
             house.execution_id = (await house.ask(WEBSITE, EXECUTE, "")).json()["executionId"]

@@ -47,6 +47,7 @@ from tests.conftest import (
     unheard,
     until,
 )
+from tests.test_limits import from_address
 from tests.website import Website, new_website
 
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -794,26 +795,18 @@ async def test_without_redis_each_process_keeps_the_same_limit(
     await redis.aclose()
 
 
-async def test_wrong_keys_are_limited_by_address(house: House, servers: Servers):
+async def test_wrong_keys_are_limited_by_address(house: House, context_id: str):
     settings = house.service.state["settings"].model_copy(update={"failed_logins_per_minute": 3})
-    await flush_failures(servers)
+    address = from_address(context_id)
     async with running_service(settings) as service:
-        answers = [await service.http.get(f"{PUBLIC}/deliveries") for _ in range(5)]
+        answers = [await service.http.get(f"{PUBLIC}/deliveries", headers=address) for _ in range(5)]
         assert [answer.status_code for answer in answers] == [401, 401, 401, 429, 429]
         assert refusal(answers[-1]) == (429, "Rate limit exceeded")
         assert answers[-1].json()["retryAfter"] == int(answers[-1].headers["retry-after"])
         # A good one is let in from there all the same.
         website = await house.website()
-        again = Website(service.http, website.key_id, website.headers)
+        again = Website(service.http, website.key_id, website.headers | address)
         assert (await again.get("/deliveries")).status_code == 200
-    await flush_failures(servers)
-
-
-async def flush_failures(servers: Servers) -> None:
-    redis = Redis.from_url(servers.redis_url)
-    async for key in redis.scan_iter("switchboard:failures*"):
-        await redis.delete(key)
-    await redis.aclose()
 
 
 # Pure decisions

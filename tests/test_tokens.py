@@ -150,9 +150,7 @@ def test_a_secret_says_nothing_about_what_it_signs_with():
 @pytest.fixture(scope="module")
 async def guarded(database_url: str, servers: Servers, upstream: Upstream) -> AsyncIterator[Service]:
     """A service that answers nobody without credentials."""
-    settings = settings_for(
-        database_url, servers.redis_url, upstream.url, allow_anonymous=False, failed_logins_per_minute=10**6
-    )
+    settings = settings_for(database_url, servers.redis_url, upstream.url, allow_anonymous=False)
     async with running_service(settings) as service:
         yield service
 

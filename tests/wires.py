@@ -107,6 +107,7 @@ class Wire:
         self._flowing.set()
         self._swallowing = self._silent = False
         for connection in list(self._open):
+            connection.left, connection.mute = None, False
             if connection.lost or connection.unheard:
                 connection.lost = True
                 connection.release()

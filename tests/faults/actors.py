@@ -45,8 +45,8 @@ _RETRIES_FOR = 400.0
 
 _ANSWERS_BADLY = {"hang", "disconnect", "answer"}
 """What HappyRobot may do instead of confirming a call."""
-_PLACES = {"one", "other", "HappyRobot"}
-"""Where something fails of which it is not known whether a call was placed."""
+_CONFIRMS = {"one", "other", "HappyRobot", "PostgreSQL"}
+"""Who else has to do with whether a call is confirmed."""
 
 _LARGE, _LARGE_AFTER = 200_000, 12
 """Bytes of a callback in so many: a browser that does not read is soon behind."""
@@ -153,10 +153,13 @@ class Cast:
         ):
             said = answer.json()
             intent.execution_id = said.get("execution_id", intent.execution_id)
-            if answer.status_code != 409:
-                intent.run_ids = said.get("run_ids", [])
-                intent.accepted, intent.failed = answer.status_code == 200, said.get("status") == "failed"
-                if not (intent.accepted or intent.unlucky or self.book.outages.explain(_PLACES, intent.began)):
+            if answer.status_code == 200:
+                intent.run_ids = said["run_ids"]
+                intent.accepted = True
+                return
+            if answer.status_code == 502:
+                intent.failed = said["status"] == "failed"
+                if not (intent.unlucky or self.book.outages.explain(_CONFIRMS, intent.began)):
                     self.book.complain(f"intent {intent.id} was answered {answer.text}, and nothing explains it")
                 return
 

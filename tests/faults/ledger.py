@@ -80,7 +80,7 @@ class Intent:
     execution_id: str | None = None
     """Once it was named to us."""
     run_ids: list[str] = field(default_factory=list)
-    """Those that an answer has named."""
+    """Those that an answer 200 has named."""
     accepted: bool = False
     """Whether it was answered 200, or 202 by the Public API."""
     failed: bool = False

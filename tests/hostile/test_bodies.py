@@ -118,7 +118,7 @@ async def house(servers: Servers, template: str) -> AsyncIterator[House]:
         return httpx.Response(200, json={"queued_run_ids": [payload["run_id"]]})
 
     async with new_database(servers, template) as url:
-        settings = settings_for(url, servers.redis_url, None, failed_logins_per_minute=10**6)
+        settings = settings_for(url, servers.redis_url, None)
         async with running_service(settings, httpx.MockTransport(happyrobot)) as service:
             state = service.state
             key_id, website = await new_key(state["db"], KeyScope.PUBLIC, burst=10**6, lifetime=timedelta(days=1))

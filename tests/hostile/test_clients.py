@@ -68,7 +68,7 @@ class House:
 @asynccontextmanager
 async def house_with(database_url: str, servers: Servers, **more: Any) -> AsyncIterator[House]:
     # Other tests come from this address, too, with wrong credentials.
-    settings = settings_for(database_url, servers.redis_url, None, failed_logins_per_minute=10**6, **more)
+    settings = settings_for(database_url, servers.redis_url, None, **more)
     async with serving(lambda _: create_app(settings, worker=False), http=BoundedProtocol) as (url, server):
         house = House(url, server)
         async with house.client() as follower:
