@@ -29,7 +29,7 @@ from sqlalchemy.exc import DBAPIError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from switchboard import database, embedded, jobs, local, logs, migrate, workflows
-from switchboard.cookies import no_cookies
+from switchboard.clients import Client
 from switchboard.errors import PostgresAway, postgres_is_away
 from switchboard.happyrobot.client import READ, HappyRobot, KeyRefused, NoAnswer, NotKnown, NotSent, reach
 from switchboard.runs.ingest import TURN
@@ -435,7 +435,7 @@ async def _own_address(settings: Settings) -> Findings:
     if settings.app_url is None:
         yield Finding(Level.WARN, "APP_URL", "is not set", "HappyRobot cannot send callbacks; only the simulator can")
         return
-    async with httpx.AsyncClient(timeout=_PATIENCE, cookies=no_cookies()) as client:
+    async with Client(timeout=_PATIENCE) as client:
         try:
             alive = await client.get(f"{settings.app_url}/healthz")
             if alive.status_code != httpx.codes.OK or alive.text.replace(" ", "") != '{"status":"ok"}':

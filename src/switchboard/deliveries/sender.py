@@ -12,7 +12,7 @@ import httpx
 from httpx_secure import SSRFProtectionError, httpx_ssrf_protection
 
 from switchboard import tracing
-from switchboard.cookies import no_cookies
+from switchboard.clients import Client
 from switchboard.deliveries.names import Address, Names, Nowhere
 from switchboard.settings import Settings
 
@@ -72,9 +72,7 @@ class Sender:
         # A new connection for each: one that was kept may have been cut, which would look like the customer's fault.
         # Nothing from the environment: a proxy would connect where we may not.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._http = httpx.AsyncClient(
-            timeout=TIMEOUT, limits=limits, follow_redirects=False, trust_env=False, cookies=no_cookies()
-        )
+        self._http = Client(timeout=TIMEOUT, limits=limits, follow_redirects=False, trust_env=False)
         if not self._private_allowed:
             # Whatever is decided here beforehand: it looks at the address to which it connects.
             httpx_ssrf_protection(self._http, custom_validator=lambda _, address, __: is_public(address))

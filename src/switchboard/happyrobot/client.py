@@ -35,7 +35,7 @@ from stamina.instrumentation import RetryDetails, set_on_retry_hooks
 from starlette.requests import HTTPConnection
 
 from switchboard import metrics, tracing
-from switchboard.cookies import no_cookies
+from switchboard.clients import Client
 from switchboard.happyrobot.addresses import api_root
 from switchboard.happyrobot.connections import ConnectsAnew
 from switchboard.happyrobot.pace import Pace
@@ -183,13 +183,12 @@ def _certificates() -> ssl.SSLContext:
 
 
 def _client(timeout: float | None, keep: int, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
-    return httpx.AsyncClient(
+    return Client(
         transport=transport,
         verify=_certificates(),
         timeout=httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT, pool=_CONNECT_TIMEOUT),
         limits=httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=keep),
         headers={"User-Agent": _USER_AGENT, "Accept-Encoding": "gzip"},
-        cookies=no_cookies(),
     )
 
 

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from switchboard.clients import Client
 from switchboard.happyrobot.simulator.api import ApiRequest, PlatformApi
 from switchboard.happyrobot.simulator.bodies import is_key, json_object, refusal
 from switchboard.happyrobot.simulator.decisions import Decision, Decisions
@@ -65,7 +66,7 @@ class Simulator:
         self._closing = asyncio.Event()
         self._api = PlatformApi(self.runs, api_key=api_key, shape=shape, closing=self._closing)
         self._decisions = Decisions(self.runs, key=hook_key)
-        self._client = httpx.AsyncClient(
+        self._client = Client(
             transport=transport,
             timeout=10,
             limits=httpx.Limits(max_connections=MOST_AT_ONCE, max_keepalive_connections=MOST_AT_ONCE),
