@@ -159,7 +159,7 @@ class Cast:
                 return
             if answer.status_code == 502:
                 intent.failed = said["status"] == "failed"
-                if not (intent.unlucky or self.book.outages.explain(_CONFIRMS, intent.began)):
+                if not (intent.unlucky or self.book.outages.excuse(_CONFIRMS, intent.began)):
                     self.book.complain(f"intent {intent.id} was answered {answer.text}, and nothing explains it")
                 return
 

@@ -77,8 +77,9 @@ class Campaign:
         back_within: float = 10,
         goes_on_after: float = 12,
         closes_within: float = 400,
+        alone: bool = True,
     ) -> None:
-        """All in seconds.
+        """All in seconds; `alone` where nothing else runs on this machine that could be why something is slow.
 
         `back_within` so many after the faults' end everything has to serve again. `goes_on_after` so many the next
         round begins, and what is open is looked at again; `closes_within` so many it must have come out right: somebody
@@ -88,7 +89,7 @@ class Campaign:
         self.tally = Tally()
         self._say = say
         self._back_within, self._goes_on_after, self._closes_within = back_within, goes_on_after, closes_within
-        self._outages = Outages()
+        self._outages = Outages(alone=alone)
         self._open: list[Cast] = []
         self._closed: list[Cast] = []
 

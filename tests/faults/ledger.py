@@ -51,7 +51,9 @@ class Outage:
 class Outages:
     """All that has failed so far. What is not asked of a part that fails is to be answered as on a good day."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool) -> None:
+        """`alone` where nobody else wants the processors: otherwise there is always a reason to be slow."""
+        self._alone = alone
         self._all: list[Outage] = []
 
     def begin(self, on: str) -> None:
@@ -61,6 +63,10 @@ class Outages:
         """Everything is served again."""
         for outage in self._all:
             outage.over = min(outage.over, time.monotonic())
+
+    def excuse(self, parts: AbstractSet[str], since: float) -> bool:
+        """Whether a request since then may have been answered badly, or not at all, for one of these parts."""
+        return not self._alone or self.explain(parts, since)
 
     def explain(self, parts: AbstractSet[str], since: float, until: float = math.inf) -> bool:
         """Whether one of these parts had failed at any time since then."""
@@ -164,7 +170,7 @@ class Book:
         """
         self.answers[f"{what} {'-' if answer is None else answer.status_code}"] += 1
         if answer is None:
-            if not self.outages.explain(_CARRIES | _REFUSES, asked):
+            if not self.outages.excuse(_CARRIES | _REFUSES, asked):
                 self.complain(f"{what} had no answer, and nothing explains it")
             return
         if answer.status_code not in _EXPECTED[what]:
@@ -172,7 +178,7 @@ class Book:
         if answer.status_code == 503:
             if "retry-after" not in answer.headers:
                 self.complain(f"{what}: 503 without Retry-After")
-            if not self.outages.explain(_REFUSES, asked):
+            if not self.outages.excuse(_REFUSES, asked):
                 self.complain(f"{what} was answered 503, and nothing explains it: {answer.text}")
             if not self.outages.explain(_CARRIES, asked):
                 self.refusals.append(time.monotonic() - asked)
