@@ -1,5 +1,8 @@
 """The short form of the campaigns, and what they are worth: each way to break the service has to be noticed."""
 
+import asyncio
+import fcntl
+import os
 import random
 import signal
 from collections.abc import AsyncIterator, Sequence
@@ -60,8 +63,12 @@ _IN_COMPANY: dict[str, Any] = {"back_within": 30, "closes_within": 45, "alone": 
 @pytest.fixture
 async def scene(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Scene]:
     variant = getattr(request, "param", "")
-    async with staged(random.Random(1), tmp_path, variant=variant, haste=True) as scene:
-        yield scene
+    # Half of the workers take turns with the other half: more than two scenes at once would be slow without a fault.
+    half = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2
+    with (tmp_path.parent / f"scene-{half}").open("w") as turn:
+        await asyncio.to_thread(fcntl.flock, turn, fcntl.LOCK_EX)
+        async with staged(random.Random(1), tmp_path, variant=variant, haste=True) as scene:
+            yield scene
 
 
 def drawn_up(scene: Scene, plan: Plan) -> list[tuple[float, Fault, float]]:
