@@ -558,10 +558,18 @@ async def test_a_worker_survives_the_loss_of_its_connections(own_database: str, 
                     )
                 )
             body = {"context_id": context_id, "simulate": {"faults": "drop_final"}}
-            run_id = (await service.http.post("/api/happyrobot/trigger", json=body)).json()["run_ids"][0]
+            run_ids: list[str] = []
+
+            async def placed() -> bool:
+                headers = {"Idempotency-Key": context_id}  # it may meet one of those connections
+                answer = await service.http.post("/api/happyrobot/trigger", json=body, headers=headers)
+                run_ids[:] = answer.json().get("run_ids", [])
+                return answer.status_code == 200
+
+            await until(placed, within=30)
 
             async def over() -> bool:
-                return bool((await status_of(db, run_id)).status == "COMPLETED")
+                return bool((await status_of(db, run_ids[0])).status == "COMPLETED")
 
             await until(over, within=30)
 
