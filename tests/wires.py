@@ -9,13 +9,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
-import httpx
-
 Target = tuple[str, int] | str
 """A host and port, or the path of a Unix socket."""
-
-CUT = (httpx.TransportError, AttributeError)
-"""What a request meets whose wire breaks; the latter is anyio's, where that is in the moment in which it is made."""
 
 _CHUNK = 65_536
 

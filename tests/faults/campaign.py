@@ -10,6 +10,7 @@ from typing import Self
 
 import httpx
 
+from switchboard.clients import Client
 from tests.faults.actors import PATIENCE, PLAIN, Browser, Cast
 from tests.faults.check import examine
 from tests.faults.harm import FAULTS, Fault
@@ -145,7 +146,7 @@ class Campaign:
     def _client(self) -> httpx.AsyncClient:
         # httpx looks through all connections at each request.
         limits = httpx.Limits(max_connections=40, keepalive_expiry=2)
-        return httpx.AsyncClient(base_url=self.scene.front.url, timeout=PATIENCE, limits=limits, verify=PLAIN)
+        return Client(base_url=self.scene.front.url, timeout=PATIENCE, limits=limits, verify=PLAIN)
 
     async def finish(self) -> Tally:
         """Waits until every round has come out right."""

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from switchboard.clients import Client
 from tests.conftest import HOOK_KEY
 from tests.faults.customers import EXECUTE
 from tests.faults.parts import Part
 from tests.faults.scene import Scene
-from tests.wires import CUT
 
 _PROBES = 4
 """Executions that are under way at once to see whether workers work: more would be what keeps them busy."""
@@ -64,7 +64,7 @@ async def until_well(scene: Scene, within: float) -> Recovery:
 
 
 async def _until_it_serves(part: Part, recovery: Recovery) -> None:
-    async with httpx.AsyncClient(base_url=part.address, timeout=5) as http:
+    async with Client(base_url=part.address, timeout=5) as http:
         while ailment := await _ailment(http):
             recovery.note(part.name, ailment)
             await asyncio.sleep(0.05)  # nobody tells
@@ -94,7 +94,7 @@ async def _ailment(http: httpx.AsyncClient) -> str:
             async for line in stream.aiter_lines():
                 if line.startswith("data:") and '"log"' in line:
                     return ""
-    except CUT as error:
+    except httpx.TransportError as error:
         return f"{step}: {type(error).__name__}"
     return "a stream ended"
 
@@ -103,10 +103,10 @@ async def _until_they_work(scene: Scene, recovery: Recovery) -> None:
     """Until every worker starts executions and tells of them, and all that were accepted here were told of."""
     customer, body, started = scene.customers[0], {"input": _QUIET, "contextId": "probe"}, set[tuple[str, str]]()
     before: dict[str, Mapping[str, float]] = {}
-    async with httpx.AsyncClient(base_url=scene.front.url, timeout=5) as http:
+    async with Client(base_url=scene.front.url, timeout=5) as http:
         while any(recovery.ailments[part.name] for part in scene.working):
             if len(started - customer.told.keys()) < _PROBES:
-                with contextlib.suppress(*CUT):
+                with contextlib.suppress(httpx.TransportError):
                     answer = await http.post(EXECUTE, json=body, headers=customer.headers)
                     recovery.note("webhooks", f"an execution was answered {answer.status_code}")
                     if answer.status_code == 202:
@@ -115,7 +115,7 @@ async def _until_they_work(scene: Scene, recovery: Recovery) -> None:
             for part in scene.working:
                 try:
                     done = await _work_done(http, part)
-                except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
+                except httpx.TransportError as error:
                     recovery.note(part.name, type(error).__name__)
                     continue
                 idle = [what for what in done if done[what] == before.setdefault(part.name, done)[what]]
