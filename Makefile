@@ -28,8 +28,8 @@ COVER := $(if $(COVERAGE),-p pytest_cov.plugin --cov --cov-report=term)
 # Even where it is not wanted elsewhere: otherwise each worker, and each process that a test starts, compiles all of it.
 test: export PYTHONDONTWRITEBYTECODE :=
 
-test: setup ## Every test, in parallel, against real PostgreSQL and Valkey; COVERAGE=1 wants 95 % of the branches, LARGE=1 tries it with millions of rows, EXAMPLES=100 with a hundred times the hostile input
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(COVER) $(if $(LARGE),-m "large or not large") $(ARGS)
+test: setup ## Every test, in parallel, against real PostgreSQL and Valkey; COVERAGE=1 wants 95 % of the branches, LARGE=1 instead what takes long: millions of rows, a service that is broken on purpose, EXAMPLES=100 with a hundred times the hostile input
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(COVER) $(if $(LARGE),-m large) $(ARGS)
 
 faults: setup ## Break everything at random and see that nothing is lost: MINUTES=20, SEED="1 2" or SEEDS=5, VARIANT= breaks it on purpose
 	$(BIN)/python -m tests.faults $(if $(MINUTES),--minutes $(MINUTES)) $(SEED:%=--seed %) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(VARIANT),--variant "$(VARIANT)")

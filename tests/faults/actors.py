@@ -105,9 +105,10 @@ class Cast:
         return not self._tasks
 
     async def leave(self) -> None:
-        for task in (*self._tasks, *(browser.task for browser in self.browsers if browser.task)):
+        tasks = [*self._tasks, *(browser.task for browser in self.browsers if browser.task)]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for client in (self.app, self.website, self.happyrobot, self.poller):
             await client.aclose()
 

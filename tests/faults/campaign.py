@@ -98,9 +98,12 @@ class Campaign:
         await until_well(self.scene, _BEGINS_WITHIN)
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, _: object, error: object, __: object) -> None:
         for cast in self._open:
             await cast.leave()
+        if isinstance(error, Broken):
+            for part in self.scene.processes.values():
+                self._say(f"{part.name} logged at last:\n{part.last_words()}")
 
     async def round(self, plan: Sequence[tuple[float, Fault, float]]) -> None:
         """One round: each fault begins after so many seconds and lasts for so many."""

@@ -143,6 +143,12 @@ class Part:
         one = psutil.Process(self.pid)
         return Size(one.pid, one.memory_info().rss, one.num_fds())
 
+    def last_words(self, size: int = 4000) -> str:
+        """The end of what it has logged, in so many bytes at most."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - size))
+            return log.read().decode(errors="replace").partition("\n")[2]
+
     async def _watch(self) -> None:
         while True:
             if self.wanted and (self._process is None or self._process.poll() is not None):

@@ -252,11 +252,8 @@ async def staged(
 def _environment(to_postgres: Wire, to_valkey: Wire, to_happyrobot: Wire, front: Wire) -> dict[str, str]:
     """How Switchboard's processes are set up: everything that they know is at the end of a wire."""
     return {
-        **{
-            name: os.environ[name]
-            for name in ("PATH", "HOME", "PYTHONPATH", "COVERAGE_PROCESS_CONFIG")
-            if name in os.environ
-        },
+        # Which of their lines run is looked at elsewhere: it would make them slow, and that would look like a fault.
+        **{name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ},
         "DATABASE_URL": f"postgresql://postgres@127.0.0.1:{to_postgres.port}/postgres",
         "REDIS_URL": f"redis://127.0.0.1:{to_valkey.port}",
         "HAPPYROBOT_WEBHOOK_URL": f"{to_happyrobot.url}/hooks/test",

@@ -2,7 +2,6 @@
 
 import asyncio
 import fcntl
-import os
 import random
 import signal
 from collections.abc import AsyncIterator, Sequence
@@ -37,7 +36,7 @@ CAUGHT: dict[str, tuple[Plan, str]] = {
     "copies count": ([(0.3, "the way to the front loses answers", 0.5)], "times"),
     "answers first": (
         [(0.5 + 0.4 * number, "the way to PostgreSQL breaks for a moment", 0.0) for number in range(5)],
-        "acknowledged, and is not there",
+        "acknowledged, and is not there|has besides",
     ),
     "resumes late": ([(0.5, "the way to the front breaks for a moment", 1.0)], "misses"),
     "calls again": ([(0.5, "the way to HappyRobot loses answers", 1.0)], "was called 2 times"),
@@ -56,16 +55,18 @@ CAUGHT: dict[str, tuple[Plan, str]] = {
 }
 """What each variant has to be caught by, and in which words."""
 
-_IN_COMPANY: dict[str, Any] = {"back_within": 30, "closes_within": 45, "alone": False}
+_IN_COMPANY: dict[str, Any] = {"back_within": 45, "closes_within": 60, "alone": False}
 """What is asked of campaigns where other tests run: rounds that are not right by then are taken for wrong."""
+
+_SURELY = 10
+"""Rounds in which a promise that is broken is put to the test: what callers ask for, and when, is up to chance."""
 
 
 @pytest.fixture
 async def scene(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Scene]:
     variant = getattr(request, "param", "")
-    # Half of the workers take turns with the other half: more than two scenes at once would be slow without a fault.
-    half = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2
-    with (tmp_path.parent / f"scene-{half}").open("w") as turn:
+    # One at a time, for all workers: beside others it would be slow without a fault.
+    with (tmp_path.parent / "scene").open("w") as turn:
         await asyncio.to_thread(fcntl.flock, turn, fcntl.LOCK_EX)
         async with staged(random.Random(1), tmp_path, variant=variant, haste=True) as scene:
             yield scene
@@ -107,11 +108,11 @@ async def test_it_is_not_the_faults_that_are_caught(scene: Scene):
 async def test_a_service_that_breaks_a_promise_is_caught(scene: Scene, request: pytest.FixtureRequest):
     plan, words = CAUGHT[request.node.callspec.params["scene"]]
 
-    async def three_rounds() -> None:
+    async def rounds() -> None:
         async with Campaign(scene, say=print, **_IN_COMPANY | {"alone": words == UNEXPLAINED}) as campaign:
-            for _ in range(3):
+            for _ in range(_SURELY):
                 await campaign.round(drawn_up(scene, plan))
             await campaign.finish()
 
     with pytest.raises(Broken, match=words):
-        await three_rounds()
+        await rounds()
