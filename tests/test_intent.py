@@ -20,7 +20,7 @@ from structlog.testing import capture_logs
 
 from switchboard import local, workflows
 from switchboard.access.callers import ANYBODY
-from switchboard.errors import TriggerFailed
+from switchboard.errors import PostgresAway, TriggerFailed
 from switchboard.events import NewEvent
 from switchboard.happyrobot import client
 from switchboard.happyrobot.client import Hook, NotSent, PutOff, Refused, Unknown, _certainly_not_started, _seconds
@@ -28,7 +28,7 @@ from switchboard.happyrobot.simulator import Simulator
 from switchboard.runs.ingest import write
 from switchboard.runs.intake import Intake
 from switchboard.runs.queued import Launcher, accept
-from switchboard.runs.sorting import NewRuns, Unconfirmed
+from switchboard.runs.sorting import NewRuns, News, Outcome, Unconfirmed
 from switchboard.runs.sweep import sweep
 from switchboard.runs.trigger import STOPPED, TriggerIn, place, start
 from switchboard.tables import ExecutionStatus, RunStatus, api_key_usage, executions, run_events
@@ -40,6 +40,7 @@ from tests.conftest import (
     Servers,
     Service,
     Upstream,
+    insert_run,
     new_key,
     rows_of,
     running_service,
@@ -469,6 +470,32 @@ async def test_an_execution_found_half_way_is_unknown_and_never_sent_again(
     run_id = f"run_{context_id}"
     assert (await service.callback(run_id, "completed", execution_id=abandoned)).status_code == 200
     assert (await execution(db, abandoned)).status == "completed"
+
+
+async def test_what_cannot_be_put_in_order_keeps_nothing_else_from_it(
+    service: Service, db: AsyncEngine, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    stuck, *others = [await pending(db, context_id, "-1 second") for _ in range(3)]
+    unwatched = await insert_run(db, context_id)
+    genuine = service.state["intake"].take
+
+    async def take(news: News, *size: int) -> Outcome:
+        if isinstance(news, Unconfirmed) and str(news.execution_id) == stuck:
+            raise PostgresAway("somebody has its row")
+        outcome: Outcome = await genuine(news, *size)
+        return outcome
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.state["intake"], "take", take)
+        with pytest.raises(PostgresAway, match="somebody has its row"):
+            await sweep(db, service.state["intake"], 15, 1800)
+    assert (await execution(db, stuck)).status == "pending"
+    assert {(await execution(db, each)).status for each in others} == {"submission_unknown"}
+    async with db.connect() as conn:
+        watched = text("SELECT count(*) FROM switchboard_pgqueuer WHERE dedupe_key = :key")
+        assert await conn.scalar(watched, {"key": f"reconcile:{unwatched}"}) == 1
+    await sweep(db, service.state["intake"], 15, 1800)
+    assert (await execution(db, stuck)).status == "submission_unknown"
 
 
 async def test_callbacks_that_came_before_the_execution_was_found_are_its_own(

@@ -17,6 +17,7 @@ from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from switchboard import database, jobs, worker
+from switchboard.errors import PostgresAway
 from switchboard.jobs import CHECK, RECONCILE, Job
 from switchboard.runs.sweep import sweep
 from switchboard.tables import agent_runs
@@ -163,6 +164,49 @@ async def test_a_job_that_could_not_be_put_off_is_not_lost(
                 return await conn.scalar(select(agent_runs.c.status)) == "COMPLETED"
 
         await until(over)
+
+
+async def test_a_worker_works_while_what_was_left_behind_cannot_be_put_in_order(
+    own_database: str, servers: Servers, context_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    tried, allowed, done = 0, asyncio.Event(), asyncio.Event()
+
+    async def sweep_at_last(*arguments: Any) -> None:
+        nonlocal tried
+        tried += 1
+        if not allowed.is_set():
+            raise PostgresAway("writers wait for their turn in vain")
+        await sweep(*arguments)
+        done.set()
+
+    monkeypatch.setattr(worker, "sweep", sweep_at_last)
+    monkeypatch.setattr(worker, "_RESTART_AFTER", 0.05)
+    router = respx.MockRouter()
+    completed = httpx.Response(200, json={"run": {"status": "completed"}})
+    asked = router.get(path__regex=r"/api/v1/runs/.+").mock(return_value=completed)
+    settings = settings_for(own_database, servers.redis_url, None)
+    transport = httpx.MockTransport(router.async_handler)
+    async with running_service(settings, transport, worker=True) as service:
+        await until(lambda: tried > 2)
+        await enqueue(service.state["db"], Job(RECONCILE, await insert_run(service.state["db"], context_id)))
+        await until(lambda: asked.called)
+        allowed.set()
+        async with asyncio.timeout(30):
+            await done.wait()
+
+
+async def test_a_worker_that_has_to_leave_does_not_wait_for_what_was_left_behind(
+    own_database: str, servers: Servers, monkeypatch: pytest.MonkeyPatch
+):
+    begun = asyncio.Event()
+
+    async def sweep_for_ever(*_: Any) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(worker, "sweep", sweep_for_ever)
+    async with asyncio.timeout(30), running_service(settings_for(own_database, servers.redis_url, None), worker=True):
+        await begun.wait()
 
 
 async def test_much_news_of_the_queue_is_one_and_none_is_lost(monkeypatch: pytest.MonkeyPatch):

@@ -216,8 +216,6 @@ class _Worker:
     async def _serve_queue(self) -> None:
         # None is kept for its own sake: the pool would complain loudly while it cannot have one.
         async with asyncpg.create_pool(connect=self._connect, min_size=0, max_size=4) as pool:
-            # What a process that was killed has left behind is put in order at the next start.
-            await self._sweep()
             # Apart, so that customers' endpoints which do not answer leave calls their places.
             calls = self._queue(pool, self._calls)
             calls.schedule("sweep", "* * * * *", accepts_context=False)(self._sweep)
@@ -235,9 +233,12 @@ class _Worker:
                 )
                 for queue, at_once in ((calls, _CALLS_AT_ONCE), (webhooks, _WEBHOOKS_AT_ONCE))
             ]
+            tidying = asyncio.create_task(self._put_in_order())
             stopped = asyncio.create_task(self._leaving.told())
-            await asyncio.wait({*running, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            stopped.cancel()
+            try:
+                await asyncio.wait({*running, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await end(tidying, stopped)
             for queue in (calls, webhooks):
                 queue.shutdown.set()
             ends = await asyncio.gather(*running, return_exceptions=True)
@@ -251,6 +252,15 @@ class _Worker:
             # Held, should PgQueuer fail to put it off because PostgreSQL is away: the sweep brings it back.
             queue.entrypoint(entrypoint, accepts_context=False, on_failure="hold")(self._handler(work))
         return queue
+
+    async def _put_in_order(self) -> None:
+        """Sees at the start to what a process that was killed has left behind; nobody's work waits for that."""
+        while True:
+            try:
+                return await self._sweep()
+            except Exception as error:  # noqa: BLE001  # whatever it was, it is tried again
+                log.warning("what was left behind waits", error=error)
+            await asyncio.sleep(_RESTART_AFTER)
 
     async def _sweep(self, _: Schedule | None = None) -> None:
         state = self._state

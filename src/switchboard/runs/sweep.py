@@ -1,6 +1,9 @@
 """Putting in order what was left behind: by processes that were killed, and by jobs that were lost."""
 
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
+from functools import partial
 
 import structlog
 from sqlalchemy import String, and_, cast, func, or_, select
@@ -24,14 +27,25 @@ _LOST = timedelta(minutes=1)
 
 
 async def sweep(db: AsyncEngine, intake: Intake, reconcile_after: float, stale_after: float) -> None:
-    """Settles executions whose process is gone, does what nobody does, and puts the queue in order."""
-    await _settle(db, intake)
-    await _give_up(db, intake, stale_after)
-    await _watch(db, reconcile_after)
-    await _find_lost(db)
-    async with db.begin() as conn:
-        await jobs.revive(conn)
-        await jobs.tidy(conn)
+    """Settles executions whose process is gone, does what nobody does, and puts the queue in order.
+
+    What cannot be done now keeps nothing else from being done; then what was raised first is raised in the end.
+    """
+    parts: Sequence[Callable[[], Awaitable[None]]] = (
+        partial(_settle, db, intake),
+        partial(_give_up, db, intake, stale_after),
+        partial(_watch, db, reconcile_after),
+        partial(_find_lost, db),
+        partial(_tidy, db),
+    )
+    failures: list[Exception] = []
+    for part in parts:
+        try:
+            await part()
+        except Exception as error:  # noqa: BLE001  # raised below
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 async def _settle(db: AsyncEngine, intake: Intake) -> None:
@@ -44,8 +58,8 @@ async def _settle(db: AsyncEngine, intake: Intake) -> None:
         lost = list(await conn.scalars(query))
     for execution_id in lost:
         log.warning("execution unconfirmed; the process that placed its call is gone", execution_id=execution_id)
-        # Never sent again: the call may have been placed.
-        await intake.take(Unconfirmed(execution_id, ExecutionStatus.SUBMISSION_UNKNOWN, STOPPED))
+    # Never sent again: their calls may have been placed.
+    await _take_all(intake, [Unconfirmed(each, ExecutionStatus.SUBMISSION_UNKNOWN, STOPPED) for each in lost])
 
 
 async def _give_up(db: AsyncEngine, intake: Intake, stale_after: float) -> None:
@@ -61,8 +75,14 @@ async def _give_up(db: AsyncEngine, intake: Intake, stale_after: float) -> None:
     )
     async with db.connect() as conn:
         lost = list(await conn.scalars(query))
-    for execution_id in lost:
-        await intake.take(GivenUp(execution_id))
+    await _take_all(intake, [GivenUp(each) for each in lost])
+
+
+async def _take_all(intake: Intake, news: Sequence[Unconfirmed | GivenUp]) -> None:
+    """Writes what it can, together; raises what was raised first."""
+    for outcome in await asyncio.gather(*map(intake.take, news), return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
 async def _find_lost(db: AsyncEngine) -> None:
@@ -89,3 +109,9 @@ async def _watch(db: AsyncEngine, reconcile_after: float) -> None:
     async with db.begin() as conn:
         found = list(await conn.scalars(query))
         await jobs.enqueue(conn, [jobs.Job(jobs.RECONCILE, run_id, reconcile_after) for run_id in found])
+
+
+async def _tidy(db: AsyncEngine) -> None:
+    async with db.begin() as conn:
+        await jobs.revive(conn)
+        await jobs.tidy(conn)
