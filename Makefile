@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# Two for each processor: a good part of a test is waiting.
-WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 2)
+# Two for each processor: a good part of a test is waiting. What takes long wants processors of its own.
+WORKERS ?= $(if $(LARGE),2,$(shell expr $$(getconf _NPROCESSORS_ONLN) \* 2))
 
 .PHONY: setup demo test faults check bench format lock clean
 
@@ -28,7 +28,7 @@ COVER := $(if $(COVERAGE),-p pytest_cov.plugin --cov --cov-report=term)
 # Even where it is not wanted elsewhere: otherwise each worker, and each process that a test starts, compiles all of it.
 test: export PYTHONDONTWRITEBYTECODE :=
 
-test: setup ## Every test, in parallel, against real PostgreSQL and Valkey; COVERAGE=1 wants 95 % of the branches, LARGE=1 instead what takes long: millions of rows, a service that is broken on purpose, EXAMPLES=100 with a hundred times the hostile input
+test: setup ## The tests, in parallel, against real PostgreSQL and Valkey; COVERAGE=1 wants 95 % of the branches, LARGE=1 instead what takes long: millions of rows, a service that is broken on purpose, EXAMPLES=100 with a hundred times the hostile input
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(COVER) $(if $(LARGE),-m large) $(ARGS)
 
 faults: setup ## Break everything at random and see that nothing is lost: MINUTES=20, SEED="1 2" or SEEDS=5, VARIANT= breaks it on purpose

@@ -20,8 +20,9 @@ class Breaks(httpx.AsyncBaseTransport):
         return getattr(None, self._question)  # type: ignore[no-any-return]
 
 
-async def test_a_connection_that_is_reset_as_it_is_made_was_none():
-    async with Client(transport=Breaks("getpeername")) as client:
+@pytest.mark.parametrize("name", ["getpeername", "setsockopt"])
+async def test_a_connection_that_is_reset_as_it_is_made_was_none(name: str):
+    async with Client(transport=Breaks(name)) as client:
         with pytest.raises(httpx.ConnectError, match="reset as it was made"):
             await client.get("http://h.example")
         with pytest.raises(httpx.ConnectError, match="reset as it was made"):

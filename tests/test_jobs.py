@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from switchboard import database, jobs, worker
 from switchboard.errors import PostgresAway
 from switchboard.jobs import CHECK, RECONCILE, Job
+from switchboard.leaving import LAST_NEWS
 from switchboard.runs.sweep import sweep
 from switchboard.tables import agent_runs
 from tests.conftest import Servers, Service, insert_run, running_service, settings_for, until
@@ -180,7 +181,7 @@ async def test_a_worker_works_while_what_was_left_behind_cannot_be_put_in_order(
         done.set()
 
     monkeypatch.setattr(worker, "sweep", sweep_at_last)
-    monkeypatch.setattr(worker, "_RESTART_AFTER", 0.05)
+    monkeypatch.setattr(worker, "_SWEEPS_AGAIN_AFTER", [0.05] * 1000)
     router = respx.MockRouter()
     completed = httpx.Response(200, json={"run": {"status": "completed"}})
     asked = router.get(path__regex=r"/api/v1/runs/.+").mock(return_value=completed)
@@ -199,14 +200,19 @@ async def test_a_worker_that_has_to_leave_does_not_wait_for_what_was_left_behind
     own_database: str, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ):
     begun = asyncio.Event()
+    left: list[float] = []
 
     async def sweep_for_ever(*_: Any) -> None:
         begun.set()
-        await asyncio.Event().wait()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            left.append(service.state["leaving"].left(LAST_NEWS))
 
     monkeypatch.setattr(worker, "sweep", sweep_for_ever)
-    async with asyncio.timeout(30), running_service(settings_for(own_database, servers.redis_url, None), worker=True):
+    async with running_service(settings_for(own_database, servers.redis_url, None), worker=True) as service:
         await begun.wait()
+    assert left[0] > 0, "it is not the last resort that ends it"
 
 
 async def test_much_news_of_the_queue_is_one_and_none_is_lost(monkeypatch: pytest.MonkeyPatch):

@@ -143,8 +143,8 @@ class Wire:
             _reset(writer)
             return
         if self.room is not None:
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.room)
-            far.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.room)
+            _limit(writer, socket.SO_SNDBUF, self.room)
+            _limit(far, socket.SO_RCVBUF, self.room)
         connection = _Connection(writer, far, self.left, self.mute, lost=self._swallowing)
         self._open.add(connection)
         pumps = [
@@ -215,6 +215,13 @@ def _bound(port: int) -> socket.socket:
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     place.bind(("127.0.0.1", port))
     return place
+
+
+def _limit(writer: asyncio.StreamWriter, option: int, size: int) -> None:
+    wire = writer.get_extra_info("socket")
+    with contextlib.suppress(OSError):
+        if wire is not None:  # as of one that was reset
+            wire.setsockopt(socket.SOL_SOCKET, option, size)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -68,7 +68,7 @@ def create_app(
     edge.install(app, settings)
     app.add_middleware(tracing.Traced)
     for router in _ROUTERS:
-        # As they are: `include_router` would make each of them again, for the first request, to add nothing.
+        # As they are: `include_router` here would make each of them again, for the first request, to add nothing.
         app.router.routes.extend(router.routes)
     app.add_direct(*callbacks.router.routes, *calling.router.routes, *reading.router.routes)
 

@@ -19,7 +19,7 @@ class Client(httpx.AsyncClient):
         try:
             return await super().send(request, **options)
         except AttributeError as error:
-            if error.name != "getpeername":
+            if error.obj is not None or error.name not in {"getpeername", "setsockopt"}:
                 raise
-            # anyio asks a socket that is closed by then; nothing has been sent.
+            # The socket that anyio, or httpcore, asks is gone by then; nothing has been sent.
             raise httpx.ConnectError("the connection was reset as it was made", request=request) from error

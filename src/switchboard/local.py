@@ -46,7 +46,10 @@ Result = TypeVar("Result")
 
 
 def run(main: Coroutine[Any, Any, Result]) -> Result:
-    """As `asyncio.run`, which leaves half an event loop behind where a signal ends the command as it is made."""
+    """As `asyncio.run`, which leaves half an event loop behind where a signal ends the command as it is made.
+
+    For the main thread, where signals arrive.
+    """
     with contextlib.closing(main), _runner() as runner:
         return runner.run(main)
 
@@ -68,9 +71,11 @@ def _undisturbed() -> Iterator[None]:
         came.append(signum)
 
     before = {signum: signal.signal(signum, remember) for signum in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
     for number in came:
         signal.raise_signal(number)
 

@@ -58,6 +58,9 @@ _AFTER_ABSENCE = 2.0
 _RESTART_AFTER = 2.0
 """Seconds until a worker that could not begin, or go on, begins again."""
 
+_SWEEPS_AGAIN_AFTER = (2.0, 4.0, 8.0, 16.0, 32.0)
+"""Seconds until a sweep at the start that failed is tried again: those who write may be what it waits for."""
+
 _ASK_AGAIN_AFTER = 0.5
 """Seconds until the queue asks PostgreSQL again for what it was not given."""
 
@@ -238,9 +241,9 @@ class _Worker:
             try:
                 await asyncio.wait({*running, stopped}, return_when=asyncio.FIRST_COMPLETED)
             finally:
+                for queue in (calls, webhooks):
+                    queue.shutdown.set()
                 await end(tidying, stopped)
-            for queue in (calls, webhooks):
-                queue.shutdown.set()
             ends = await asyncio.gather(*running, return_exceptions=True)
             for error in filter(None, ends):
                 raise error
@@ -255,12 +258,13 @@ class _Worker:
 
     async def _put_in_order(self) -> None:
         """Sees at the start to what a process that was killed has left behind; nobody's work waits for that."""
-        while True:
+        for pause in _SWEEPS_AGAIN_AFTER:
             try:
-                return await self._sweep()
-            except Exception as error:  # noqa: BLE001  # whatever it was, it is tried again
-                log.warning("what was left behind waits", error=error)
-            await asyncio.sleep(_RESTART_AFTER)
+                await self._sweep()
+            except Exception:  # noqa: BLE001  # it has said what is wrong; in the end the schedule goes on
+                await asyncio.sleep(pause)
+            else:
+                return
 
     async def _sweep(self, _: Schedule | None = None) -> None:
         state = self._state

@@ -51,6 +51,11 @@ _CONFIRMS = {"one", "other", "HappyRobot", "PostgreSQL"}
 _LARGE, _LARGE_AFTER = 200_000, 12
 """Bytes of a callback in so many: a browser that does not read is soon behind."""
 
+_NOTICED_AFTER = 2.0
+"""Seconds after which a browser knows that its stream has ended."""
+_CUT_OFF = 5
+"""Ends of one browser's streams that nothing explains and that are too many: now and then it is too slow itself."""
+
 _STALLS_FOR = 5.0
 """Seconds for which it does not."""
 
@@ -252,9 +257,32 @@ class Cast:
         if run.id in book.finals and chance.random() < 0.3:
             kind = chance.choice(["running", "failed", "completed"])  # a lie: it is over, and everybody knows how
         book.sent[marker] = run.id, kind
-        await asyncio.gather(*(self._send(run.id, marker, kind) for _ in range(1 if chance.random() < 0.7 else 2)))
+        copies, insists = 1 if chance.random() < 0.7 else 2, chance.random() < 0.5
+        await asyncio.gather(*(self._send(run.id, marker, kind, insists=insists) for _ in range(copies)))
 
-    async def _send(self, run_id: str, marker: str, kind: str) -> None:
+    async def _send(self, run_id: str, marker: str, kind: str, *, insists: bool) -> None:
+        """Sends a callback until it is acknowledged, or held where nobody insists."""
+        headers, body = self._written(run_id, marker, kind)
+        unknown, path = False, "/api/webhooks/happyrobot"
+        for pause in chain((0.1, 0.2, 0.4, 0.8), repeat(1.5, 30)):
+            named = run_id in self.book.named
+            answer = await self._once(self.happyrobot, "a callback", "POST", path, headers, content=json.dumps(body))
+            if answer is not None and answer.status_code == 200:
+                self.book.acknowledged.add(marker)
+                return
+            if answer is not None and answer.status_code == 404:
+                unknown = True  # nobody has named its run, and perhaps nobody will
+                if named:
+                    self.book.complain(f"callback {marker} was answered 404, though run {run_id} was named")
+                if not insists:
+                    self.book.held.add(marker)
+                    return
+            await asyncio.sleep(pause)
+        if not unknown:
+            self.book.complain(f"callback {marker} of run {run_id} was not taken for three quarters of a minute")
+
+    def _written(self, run_id: str, marker: str, kind: str) -> tuple[dict[str, str], dict[str, Any]]:
+        """A callback's headers and body, in one of the forms in which copies of it are known."""
         headers, data = {"X-API-KEY": HOOK_KEY}, {"marker": marker}
         body: dict[str, Any] = {"run_id": run_id, "event_type": kind, "data": data}
         number = int(marker.partition("-")[2])
@@ -270,20 +298,7 @@ class Cast:
                 body = {"specversion": "1.0", "id": marker, "source": "s", "type": "note", "data": data}
             case _:
                 headers["X-Webhook-Id"] = marker
-        unknown, path = False, "/api/webhooks/happyrobot"
-        for pause in chain((0.1, 0.2, 0.4, 0.8), repeat(1.5, 30)):
-            named = run_id in self.book.named
-            answer = await self._once(self.happyrobot, "a callback", "POST", path, headers, content=json.dumps(body))
-            if answer is not None and answer.status_code == 200:
-                self.book.acknowledged.add(marker)
-                return
-            if answer is not None and answer.status_code == 404:
-                unknown = True  # nobody has named its run, and perhaps nobody will
-                if named:
-                    self.book.complain(f"callback {marker} was answered 404, though run {run_id} was named")
-            await asyncio.sleep(pause)
-        if not unknown:
-            self.book.complain(f"callback {marker} of run {run_id} was not taken for three quarters of a minute")
+        return headers, body
 
     # Who looks
 
@@ -326,7 +341,11 @@ class Cast:
             return
         run_id = self.scene.chance.choice(known)
         final, path = book.finals.get(run_id), f"/api/happyrobot/runs/{run_id}/cancel"
+        asked, faults = time.monotonic(), self.scene.simulator.runs[run_id].faults
         answer = await self._once(self.app, "a cancellation", "POST", path, {}, json={})
+        unlucky = faults.api_answer or faults.api_missing or book.outages.excuse(_CONFIRMS, asked)
+        if answer is not None and answer.status_code == 502 and not unlucky:
+            book.complain(f"to cancel run {run_id} was answered {answer.text}, and nothing explains it")
         if answer is not None and answer.status_code in (200, 202, 409):
             book.tell_status(run_id, answer.json()["status"].upper(), final, "cancellation")
             if answer.status_code != 409:
@@ -364,6 +383,8 @@ class Browser:
     place: str | None = None
     """What it comes back with."""
     task: asyncio.Task[None] | None = None
+    _cut: int = 0
+    """How often its stream has ended though nothing explains it."""
     _finals: dict[str, str] = field(default_factory=dict)
 
     def start(self) -> None:
@@ -380,10 +401,23 @@ class Browser:
             url, patience = self.cast.scene.front.url, httpx.Timeout(5, read=20)
             # What it has not read is not to wait on its own machine.
             little = httpx.AsyncHTTPTransport(verify=PLAIN, socket_options=[(SOL_SOCKET, SO_RCVBUF, 16_384)])
+            noticed_after = _NOTICED_AFTER
             async with Client(base_url=url, timeout=patience, transport=little) as http:
-                with contextlib.suppress(httpx.TransportError):
+                try:
                     await self._read(http)
+                except httpx.ReadTimeout:
+                    noticed_after += 20
+                except httpx.TransportError:
+                    pass
+            if self.manner == "reads":
+                self._mind_that_it_ended(time.monotonic() - noticed_after)
             await asyncio.sleep(chance.uniform(0.05, 0.4))
+
+    def _mind_that_it_ended(self, since: float) -> None:
+        book = self.cast.book
+        self._cut += not self.ended and book.miss_a_stream(since)
+        if self._cut == _CUT_OFF:
+            book.complain(f"a browser ({self.params}) was cut off {_CUT_OFF} times, and nothing explains it")
 
     async def _read(self, http: httpx.AsyncClient) -> None:
         chance, asked = self.cast.scene.chance, time.monotonic()

@@ -14,7 +14,7 @@ from switchboard.clients import Client
 from tests.faults.actors import PATIENCE, PLAIN, Browser, Cast
 from tests.faults.check import examine
 from tests.faults.harm import FAULTS, Fault
-from tests.faults.ledger import Book, Outages
+from tests.faults.ledger import KEPT_FOR, Book, Outages
 from tests.faults.parts import Size
 from tests.faults.recovery import until_well
 from tests.faults.scene import Scene
@@ -148,7 +148,7 @@ class Campaign:
 
     def _client(self) -> httpx.AsyncClient:
         # httpx looks through all connections at each request.
-        limits = httpx.Limits(max_connections=40, keepalive_expiry=2)
+        limits = httpx.Limits(max_connections=40, keepalive_expiry=KEPT_FOR)
         return Client(base_url=self.scene.front.url, timeout=PATIENCE, limits=limits, verify=PLAIN)
 
     async def finish(self) -> Tally:

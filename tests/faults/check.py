@@ -109,6 +109,11 @@ def _callbacks(said: Said, book: Book, acknowledged: AbstractSet[Name], facts: _
         elif row["occurred_at"] is not None:
             told[row["run_id"], row["event_type"], to_the_millisecond(row["occurred_at"])].append(row["data"])
     _counted("callback", markers, set(book.sent), book.acknowledged, found)
+    found.wrong += [
+        f"callback {marker} was held, and is not there, though its run is known"
+        for marker in book.held
+        if book.sent[marker][0] in facts.runs and not markers[marker]
+    ]
     sent = {name: data for name, data in said.sent.items() if name[0] in facts.stories}
     found.wrong += [f"callback {name} is there, and HappyRobot has not sent it" for name in told.keys() - sent.keys()]
     there = Counter({name: len(said) for name, said in told.items()})
@@ -157,14 +162,13 @@ _SETTLED_BY = 15.0
 
 def _nobody_is_forgotten(book: Book, facts: _Facts, found: Findings) -> None:
     """Whoever was accepted is called, unless something failed that explains why not; then its execution says so."""
-    explained = book.outages.explain(_NEEDED, book.began, book.ended + _SETTLED_BY)
     tried = {call.payload["execution_id"] for call in facts.calls if call.payload is not None}
     for intent in book.intents:
         execution = facts.executions.get(intent.execution_id or "")
         if not intent.accepted or execution is None or intent.execution_id in tried:
             continue
         found.uncalled += 1
-        if not explained:
+        if not book.outages.explain(_NEEDED, intent.began, book.ended + _SETTLED_BY):
             found.open.append(f"nobody was called for execution {intent.execution_id}, and nothing explains it")
         elif execution["status"] not in ("failed", "submission_unknown"):
             found.open.append(f"execution {intent.execution_id} is {execution['status']}, and nobody was called for it")
@@ -333,6 +337,10 @@ _About = tuple[str, str]
 """An execution, and what happened to it."""
 
 
+_TOLD_BY = 60.0
+"""Seconds after a round by which its webhooks are delivered or given up, unless somebody is killed again and again."""
+
+
 @dataclass
 class _Mail:
     """A customer's webhooks, as it has got them and as they are kept."""
@@ -358,7 +366,8 @@ class _Mail:
         runs = Counter(story.payload["execution_id"] for story in facts.stories.values())
         ends = {name: max(1, runs[name] if facts.executions[name]["unconfirmed"] else 1) for name in mine}
         told = {about: notices for about, notices in earlier.items() if about[0] in mine}
-        listens = customer.mood != "badly" and not book.outages.explain({"customers"}, book.began)
+        refused = book.outages.explain({"customers"}, book.began, book.ended + _TOLD_BY)
+        listens = customer.mood != "badly" and not refused
         return cls(customer.name, told, customer.told, kept, ends, listens)
 
 

@@ -33,6 +33,9 @@ _EXPECTED = {
 """What requests are answered: in progress, nothing to decide, HappyRobot did not confirm, PostgreSQL is away."""
 
 
+KEPT_FOR = 2.0
+"""Seconds for which clients keep a connection, which may be one that a fault has left dead."""
+
 _CARRIES = {"one", "other", "the front"}
 """What is between a client and its answer."""
 _REFUSES = {"one", "other", "PostgreSQL"}
@@ -139,6 +142,8 @@ class Book:
     """Callbacks of our own, by what they carry: the runs that they are about, and their kinds."""
     acknowledged: set[str] = field(default_factory=set)
     """Those that were answered 200."""
+    held: set[str] = field(default_factory=set)
+    """Those that were answered that nobody knows their runs, and are not sent again."""
     finals: dict[str, str] = field(default_factory=dict)
     """How runs ended, as somebody was told first."""
     canceled: set[str] = field(default_factory=set)
@@ -151,8 +156,9 @@ class Book:
     def copy(self) -> "Book":
         """With what is acknowledged by now: what is later may not be in the database when that is looked at."""
         intents = [replace(intent) for intent in self.intents]
-        acknowledged, canceled = set(self.acknowledged), set(self.canceled)
-        return replace(self, intents=intents, acknowledged=acknowledged, canceled=canceled, finals=dict(self.finals))
+        acknowledged, held, canceled = set(self.acknowledged), set(self.held), set(self.canceled)
+        finals = dict(self.finals)
+        return replace(self, intents=intents, acknowledged=acknowledged, held=held, canceled=canceled, finals=finals)
 
     @property
     def named(self) -> list[str]:
@@ -170,7 +176,7 @@ class Book:
         """
         self.answers[f"{what} {'-' if answer is None else answer.status_code}"] += 1
         if answer is None:
-            if not self.outages.excuse(_CARRIES | _REFUSES, asked):
+            if not self.outages.excuse(_CARRIES | _REFUSES, asked - KEPT_FOR):
                 self.complain(f"{what} had no answer, and nothing explains it")
             return
         if answer.status_code not in _EXPECTED[what]:
@@ -182,6 +188,10 @@ class Book:
                 self.complain(f"{what} was answered 503, and nothing explains it: {answer.text}")
             if not self.outages.explain(_CARRIES, asked):
                 self.refusals.append(time.monotonic() - asked)
+
+    def miss_a_stream(self, since: float) -> bool:
+        """Whether a stream that has ended since then, and was to go on, has done so though nothing explains it."""
+        return not self.outages.excuse(_CARRIES | _REFUSES, since)
 
     def tell_status(self, run_id: str, status: str, known: str | None, where: str) -> None:
         """Somebody was told how a run stands who knew, when they asked, that it had ended so."""

@@ -124,6 +124,8 @@ class Part:
         assert self._process is not None
         self._process.send_signal(signum)
         await self.gone()
+        if self.address and self._process.returncode:
+            self.surprises.append(f"{self.name} was told to leave, and left with {self._process.returncode}")
 
     async def kill_a_child(self, chance: random.Random) -> None:
         """Ends one of the processes that it has started, if there is any."""

@@ -30,7 +30,7 @@ SHORT: Sequence[Plan] = (
     [(0.3, "the way to HappyRobot loses answers", 1.0)],
 )
 
-UNEXPLAINED = "503, and nothing explains it"
+UNEXPLAINED = "a callback was answered 503, and nothing explains it"
 
 CAUGHT: dict[str, tuple[Plan, str]] = {
     "copies count": ([(0.3, "the way to the front loses answers", 0.5)], "times"),
@@ -47,6 +47,7 @@ CAUGHT: dict[str, tuple[Plan, str]] = {
     "goes on behind gaps": ([(0.3, "the way to Valkey swallows everything", 2.0)], "misses"),
     "signs wrongly": ([(0.5, "Valkey is flushed", 0.1)], "is not right"),
     "turns decisions": ([(2.0, "Valkey is flushed", 0.1)], "HappyRobot was told"),
+    "forgets what is held": ([(2.0, "Valkey is flushed", 0.1)], "was held, and is not there"),
     "ends without PostgreSQL": ([(0.5, "the way to PostgreSQL is cut", 1.5)], "ended by itself"),
     "works no more": ([(0.5, "the way to PostgreSQL is cut", 1.5)], "not back within"),
     "forgets who is behind": ([(4.0, "Valkey is flushed", 0.1)], "misses"),

@@ -196,6 +196,15 @@ def _turns_decisions() -> None:
     _put("runs.decisions", "_body", lambda genuine: lambda approval: genuine(approval) | {"decision": "rejected"})
 
 
+def _forgets_what_is_held() -> None:
+    """What came too early is answered as if it was held, and is not."""
+
+    async def hold(*_: object) -> None:
+        pass
+
+    _put("runs.ingest", "_hold", lambda _: hold)
+
+
 def _ends_without_postgresql() -> None:
     """A process ends where PostgreSQL is away; somebody will start it again."""
     Watch._has_gone = lambda *_: os._exit(3)  # type: ignore[method-assign]
@@ -277,6 +286,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "goes on behind gaps": _goes_on_behind_gaps,
     "signs wrongly": _signs_wrongly,
     "turns decisions": _turns_decisions,
+    "forgets what is held": _forgets_what_is_held,
     "ends without PostgreSQL": _ends_without_postgresql,
     "works no more": _works_no_more,
     "forgets who is behind": _forgets_who_is_behind,

@@ -1,7 +1,7 @@
 """Putting in order what was left behind: by processes that were killed, and by jobs that were lost."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 
@@ -31,18 +31,19 @@ async def sweep(db: AsyncEngine, intake: Intake, reconcile_after: float, stale_a
 
     What cannot be done now keeps nothing else from being done; then what was raised first is raised in the end.
     """
-    parts: Sequence[Callable[[], Awaitable[None]]] = (
-        partial(_settle, db, intake),
-        partial(_give_up, db, intake, stale_after),
-        partial(_watch, db, reconcile_after),
-        partial(_find_lost, db),
-        partial(_tidy, db),
-    )
+    parts: Mapping[str, Callable[[], Awaitable[None]]] = {
+        "executions whose process is gone": partial(_settle, db, intake),
+        "executions that nobody confirmed": partial(_give_up, db, intake, stale_after),
+        "runs that nobody watches": partial(_watch, db, reconcile_after),
+        "jobs that were lost": partial(_find_lost, db),
+        "the queue": partial(_tidy, db),
+    }
     failures: list[Exception] = []
-    for part in parts:
+    for what, part in parts.items():
         try:
             await part()
         except Exception as error:  # noqa: BLE001  # raised below
+            log.warning("what was left behind waits", what=what, error=error)
             failures.append(error)
     if failures:
         raise failures[0]
