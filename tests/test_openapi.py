@@ -138,7 +138,7 @@ schema = schemathesis.openapi.from_dict(with_credentials(DOCUMENT))
 
 
 @schema.exclude(path=STREAM).parametrize()
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 def test_every_answer_is_one_that_the_document_describes(case: schemathesis.Case[Any], subject: Subject):
     for place in (case.path_parameters, case.query):
         if place and place.get("run_id") == UNDER_WAY:
@@ -186,7 +186,7 @@ def test_so_is_what_becomes_of_a_trigger_that_was_not_confirmed(subject: Subject
 
 
 @schema.include(path=STREAM).parametrize()
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 def test_so_is_every_answer_about_a_stream(case: schemathesis.Case[Any], subject: Subject):
     if case.method == "GET":
         # Of a run that is over, because that stream ends.
