@@ -181,7 +181,7 @@ async def test_a_worker_works_while_what_was_left_behind_cannot_be_put_in_order(
         done.set()
 
     monkeypatch.setattr(worker, "sweep", sweep_at_last)
-    monkeypatch.setattr(worker, "_SWEEPS_AGAIN_AFTER", [0.05] * 1000)
+    monkeypatch.setattr(worker, "_SWEEPS_AFTER", [0.05] * 1000)
     router = respx.MockRouter()
     completed = httpx.Response(200, json={"run": {"status": "completed"}})
     asked = router.get(path__regex=r"/api/v1/runs/.+").mock(return_value=completed)

@@ -58,8 +58,8 @@ _AFTER_ABSENCE = 2.0
 _RESTART_AFTER = 2.0
 """Seconds until a worker that could not begin, or go on, begins again."""
 
-_SWEEPS_AGAIN_AFTER = (2.0, 4.0, 8.0, 16.0, 32.0)
-"""Seconds until a sweep at the start that failed is tried again: those who write may be what it waits for."""
+_SWEEPS_AFTER = (0.0, 2.0, 4.0, 8.0, 16.0)
+"""Seconds before each attempt at the sweep of the start: those who write may be what it waits for."""
 
 _ASK_AGAIN_AFTER = 0.5
 """Seconds until the queue asks PostgreSQL again for what it was not given."""
@@ -258,12 +258,10 @@ class _Worker:
 
     async def _put_in_order(self) -> None:
         """Sees at the start to what a process that was killed has left behind; nobody's work waits for that."""
-        for pause in _SWEEPS_AGAIN_AFTER:
-            try:
+        for pause in _SWEEPS_AFTER:
+            await asyncio.sleep(pause)
+            with contextlib.suppress(Exception):  # it has said what is wrong; in the end the schedule goes on
                 await self._sweep()
-            except Exception:  # noqa: BLE001  # it has said what is wrong; in the end the schedule goes on
-                await asyncio.sleep(pause)
-            else:
                 return
 
     async def _sweep(self, _: Schedule | None = None) -> None:
