@@ -51,6 +51,13 @@ _CONFIRMS = {"one", "other", "HappyRobot", "PostgreSQL"}
 _LARGE, _LARGE_AFTER = 200_000, 12
 """Bytes of a callback in so many: a browser that does not read is soon behind."""
 
+_THINKS_BETTER_OF_IT = 0.15
+"""How often somebody wants a call to be stopped that they have just placed."""
+_REMEMBERED_FOR = 15.0
+"""Seconds for which a fault may be why HappyRobot is not reached: a connection that is dead is kept, and tried."""
+
+_SILENT_FOR = 20.0
+"""Seconds after which a browser takes a stream that says nothing for dead."""
 _NOTICED_AFTER = 2.0
 """Seconds after which a browser knows that its stream has ended."""
 _CUT_OFF = 5
@@ -162,6 +169,8 @@ class Cast:
             if answer.status_code == 200:
                 intent.run_ids = said["run_ids"]
                 intent.accepted = True
+                if self.scene.chance.random() < _THINKS_BETTER_OF_IT:
+                    await self._stop(self.scene.chance.choice(intent.run_ids))
                 return
             if answer.status_code == 502:
                 intent.failed = said["status"] == "failed"
@@ -336,20 +345,28 @@ class Cast:
             Browser(self, {"run_id": self.scene.chance.choice(known)}, after=0).start()
 
     async def cancel(self) -> None:
-        book = self.book
-        if not (known := book.named):
-            return
-        run_id = self.scene.chance.choice(known)
+        """Wants any run to be stopped, which most likely is over."""
+        if known := self.book.named:
+            await self._stop(self.scene.chance.choice(known))
+
+    async def _stop(self, run_id: str) -> None:
+        book, simulator = self.book, self.scene.simulator
         final, path = book.finals.get(run_id), f"/api/happyrobot/runs/{run_id}/cancel"
-        asked, faults = time.monotonic(), self.scene.simulator.runs[run_id].faults
+        asked, faults, heard = time.monotonic(), simulator.runs[run_id].faults, self.scene.stopped[run_id]
+        book.unwanted.add(run_id)
         answer = await self._once(self.app, "a cancellation", "POST", path, {}, json={})
+        if answer is None:
+            return
         unlucky = faults.api_answer or faults.api_missing or book.outages.excuse(_CONFIRMS, asked)
-        if answer is not None and answer.status_code == 502 and not unlucky:
+        if answer.status_code == 502 and not unlucky:
             book.complain(f"to cancel run {run_id} was answered {answer.text}, and nothing explains it")
-        if answer is not None and answer.status_code in (200, 202, 409):
+        if answer.status_code in (200, 202, 409):
             book.tell_status(run_id, answer.json()["status"].upper(), final, "cancellation")
-            if answer.status_code != 409:
-                book.canceled.add(run_id)
+        if answer.status_code in (200, 202):
+            book.canceled.add(run_id)
+            unheard = self.scene.stopped[run_id] == heard
+            if unheard and not book.outages.explain(_CONFIRMS, asked - _REMEMBERED_FOR):
+                book.complain(f"to cancel run {run_id} was acknowledged, and HappyRobot was not asked to")
 
 
 @dataclass(frozen=True)
@@ -398,7 +415,7 @@ class Browser:
     async def _follow(self) -> None:
         chance = self.cast.scene.chance
         while not self.ended:
-            url, patience = self.cast.scene.front.url, httpx.Timeout(5, read=20)
+            url, patience = self.cast.scene.front.url, httpx.Timeout(5, read=_SILENT_FOR)
             # What it has not read is not to wait on its own machine.
             little = httpx.AsyncHTTPTransport(verify=PLAIN, socket_options=[(SOL_SOCKET, SO_RCVBUF, 16_384)])
             noticed_after = _NOTICED_AFTER
@@ -406,7 +423,7 @@ class Browser:
                 try:
                     await self._read(http)
                 except httpx.ReadTimeout:
-                    noticed_after += 20
+                    noticed_after += _SILENT_FOR
                 except httpx.TransportError:
                     pass
             if self.manner == "reads":

@@ -42,6 +42,8 @@ class _Facts:
     deliveries: list[asyncpg.Record]
     calls: list[Call]
     stories: dict[str, Run]
+    stopped: set[str]
+    """Runs that HappyRobot had been asked to stop before PostgreSQL was looked at."""
 
 
 async def examine(cast: Cast) -> Findings:
@@ -71,6 +73,7 @@ async def examine(cast: Cast) -> Findings:
 
 
 async def _facts(scene: Scene, contexts: Sequence[str]) -> _Facts:
+    stopped = set(scene.stopped)
     # All of one moment.
     async with scene.connected() as connection, connection.transaction(isolation="repeatable_read"):
         rows = {
@@ -87,6 +90,7 @@ async def _facts(scene: Scene, contexts: Sequence[str]) -> _Facts:
         deliveries,
         [call for call in simulator.calls if call.payload and call.payload.get("context_id") in contexts],
         {run.id: run for run in simulator.runs.values() if run.payload.get("context_id") in contexts},
+        stopped,
     )
 
 
@@ -189,12 +193,21 @@ def _answers(book: Book, facts: _Facts, found: Findings) -> None:
 
 
 def _cancellations(book: Book, facts: _Facts, found: Findings) -> None:
-    """Each that was acknowledged is in the timeline of its run, once."""
+    """Each that was acknowledged is in the timeline of its run, once; HappyRobot is asked to stop nothing else."""
     wished = Counter(row["run_id"] for row in facts.events if row["event_type"] == "cancel_requested")
     found.wrong += [
         f"to cancel run {run_id} was acknowledged, and is there {wished[run_id]} times"
         for run_id in book.canceled
         if wished[run_id] != 1
+    ]
+    found.wrong += [
+        f"run {run_id} is to be canceled, and nobody wants that" for run_id in wished.keys() - book.unwanted
+    ]
+    rejected = {name for name, row in facts.executions.items() if row["approval_status"] == "rejected"}
+    found.wrong += [
+        f"HappyRobot was asked to stop run {run_id}, and nobody wants that"
+        for run_id in facts.stories.keys() & facts.stopped - wished.keys()
+        if facts.stories[run_id].payload["execution_id"] not in rejected
     ]
 
 
@@ -355,6 +368,8 @@ class _Mail:
     """How often executions may have ended: of several runs one may have before anybody had heard of another."""
     listens: bool
     """Whether its server has taken whatever came to it."""
+    asked: set[str]
+    """Executions whose question somebody was shown."""
 
     @classmethod
     def of(cls, customer: Customer, earlier: Told, book: Book, facts: _Facts) -> "_Mail":
@@ -368,13 +383,14 @@ class _Mail:
         told = {about: notices for about, notices in earlier.items() if about[0] in mine}
         refused = book.outages.explain({"customers"}, book.began, book.ended + _TOLD_BY)
         listens = customer.mood != "badly" and not refused
-        return cls(customer.name, told, customer.told, kept, ends, listens)
+        asked = {str(intent.execution_id) for intent in book.intents if intent.verdict}
+        return cls(customer.name, told, customer.told, kept, ends, listens, asked)
 
 
 def _webhooks(mail: _Mail, facts: _Facts, found: Findings) -> None:
     """A customer was told of what became of each execution, however often under one id, and in the same words."""
     for execution_id in mail.ends:
-        _is_told(mail, facts.executions[execution_id], found)
+        _is_told(mail, facts.executions[execution_id], facts, found)
     for (execution_id, event), notices in mail.told.items():
         what = f"{mail.name} was told of {event} of execution {execution_id}"
         if len(notices) > (mail.ends[execution_id] if event in _TOLD_AT_THE_END.values() else 1):
@@ -393,8 +409,14 @@ def _webhooks(mail: _Mail, facts: _Facts, found: Findings) -> None:
             _is_kept(what, delivery, mail.by_now.get(about, {}), found, fails=not mail.listens)
 
 
-def _is_told(mail: _Mail, execution: asyncpg.Record, found: Findings) -> None:
-    execution_id, wanted = str(execution["id"]), _worth_telling(execution)
+def _is_told(mail: _Mail, execution: asyncpg.Record, facts: _Facts, found: Findings) -> None:
+    execution_id, wanted = str(execution["id"]), set()
+    if execution["status"] in _TOLD_AT_THE_END:
+        wanted.add(_TOLD_AT_THE_END[execution["status"]])
+    if any(str(run["execution_id"]) == execution_id for run in facts.runs.values()):
+        wanted.add("execution.started")
+    if execution["approval_status"] is not None or execution_id in mail.asked:
+        wanted.add("execution.pending_approval")
     for event in wanted:
         about = execution_id, event
         taken = any(notice.taken for notice in mail.by_now.get(about, {}).values())
@@ -406,6 +428,8 @@ def _is_told(mail: _Mail, execution: asyncpg.Record, found: Findings) -> None:
             for over in set(_TOLD_AT_THE_END.values()) - wanted
             if (execution_id, over) in mail.told
         ]
+    if (execution_id, "execution.started") in mail.told and "execution.started" not in wanted:
+        found.wrong.append(f"{mail.name} was told that execution {execution_id} has started, and it has no run")
 
 
 _ATTEMPTS = 4
@@ -426,14 +450,3 @@ def _is_kept(
             found.wrong.append(f"{what} is kept as failed, and nobody has refused it")
         case "failed" if delivery["attempts"] != _ATTEMPTS:
             found.wrong.append(f"{what} is kept as failed, after {delivery['attempts']} attempts")
-
-
-def _worth_telling(execution: asyncpg.Record) -> set[str]:
-    wanted = set()
-    if execution["status"] in _TOLD_AT_THE_END:
-        wanted.add(_TOLD_AT_THE_END[execution["status"]])
-    if execution["began_at"] is not None:
-        wanted.add("execution.started")
-    if execution["approval_status"] is not None:
-        wanted.add("execution.pending_approval")
-    return wanted

@@ -146,8 +146,10 @@ class Book:
     """Those that were answered that nobody knows their runs, and are not sent again."""
     finals: dict[str, str] = field(default_factory=dict)
     """How runs ended, as somebody was told first."""
+    unwanted: set[str] = field(default_factory=set)
+    """Runs that somebody wants to be stopped."""
     canceled: set[str] = field(default_factory=set)
-    """Runs that are to be stopped, which was acknowledged."""
+    """Those of which that was acknowledged."""
     complaints: list[str] = field(default_factory=list)
     answers: Counter[str] = field(default_factory=Counter)
     refusals: list[float] = field(default_factory=list)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -102,6 +103,12 @@ class Scene:
     @property
     def working(self) -> list[Part]:
         return [part for part in self.processes.values() if part.name in WORKERS]
+
+    @property
+    def stopped(self) -> Counter[str]:
+        """How often HappyRobot was asked to stop which run."""
+        requests = self.simulator.requests
+        return Counter(it.run_id for it in requests if it.run_id is not None and it.path.endswith("/cancel"))
 
     def set_clock(self, ahead: float) -> None:
         fresh = self.clock.with_suffix(".new")

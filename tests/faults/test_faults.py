@@ -48,6 +48,7 @@ CAUGHT: dict[str, tuple[Plan, str]] = {
     "signs wrongly": ([(0.5, "Valkey is flushed", 0.1)], "is not right"),
     "turns decisions": ([(2.0, "Valkey is flushed", 0.1)], "HappyRobot was told"),
     "forgets what is held": ([(2.0, "Valkey is flushed", 0.1)], "was held, and is not there"),
+    "stops nobody": ([(2.0, "Valkey is flushed", 0.1)], "HappyRobot was not asked to"),
     "ends without PostgreSQL": ([(0.5, "the way to PostgreSQL is cut", 1.5)], "ended by itself"),
     "works no more": ([(0.5, "the way to PostgreSQL is cut", 1.5)], "not back within"),
     "forgets who is behind": ([(4.0, "Valkey is flushed", 0.1)], "misses"),

@@ -205,6 +205,15 @@ def _forgets_what_is_held() -> None:
     _put("runs.ingest", "_hold", lambda _: hold)
 
 
+def _stops_nobody() -> None:
+    """Whoever wants a call to be stopped is answered as if HappyRobot had been asked to."""
+
+    async def cancel(*_: object) -> None:
+        pass
+
+    client.HappyRobot.cancel = cancel  # type: ignore[method-assign,assignment]
+
+
 def _ends_without_postgresql() -> None:
     """A process ends where PostgreSQL is away; somebody will start it again."""
     Watch._has_gone = lambda *_: os._exit(3)  # type: ignore[method-assign]
@@ -287,6 +296,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "signs wrongly": _signs_wrongly,
     "turns decisions": _turns_decisions,
     "forgets what is held": _forgets_what_is_held,
+    "stops nobody": _stops_nobody,
     "ends without PostgreSQL": _ends_without_postgresql,
     "works no more": _works_no_more,
     "forgets who is behind": _forgets_who_is_behind,
