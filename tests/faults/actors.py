@@ -20,6 +20,7 @@ from httpx_sse import ServerSentEvent, aconnect_sse
 
 from switchboard.clients import Client
 from switchboard.errors import PUBLIC
+from switchboard.happyrobot.simulator import Run
 from tests.conftest import HOOK_KEY
 from tests.faults.customers import EXECUTE
 from tests.faults.ledger import FINAL, Book, Intent, Seen
@@ -51,10 +52,12 @@ _CONFIRMS = {"one", "other", "HappyRobot", "PostgreSQL"}
 _LARGE, _LARGE_AFTER = 200_000, 12
 """Bytes of a callback in so many: a browser that does not read is soon behind."""
 
-_THINKS_BETTER_OF_IT = 0.15
-"""How often somebody wants a call to be stopped that they have just placed."""
-_REMEMBERED_FOR = 15.0
-"""Seconds for which a fault may be why HappyRobot is not reached: a connection that is dead is kept, and tried."""
+_THINKS_BETTER_OF_IT = 0.25
+"""How often somebody wants a call to be stopped that was just placed, or that waits for them to decide."""
+_ASK = {"one", "other", "HappyRobot"}
+"""What is between a cancellation that is acknowledged and HappyRobot."""
+_REMEMBERED_FOR = 10.0
+"""Seconds after a fault for which it may be why HappyRobot is not reached: a dead connection is kept, and tried."""
 
 _SILENT_FOR = 20.0
 """Seconds after which a browser takes a stream that says nothing for dead."""
@@ -182,7 +185,7 @@ class Cast:
         chance = self.scene.chance
         intent = self._intent(keyed=True, customer=chance.choice(self.scene.customers))
         assert intent.customer is not None
-        approval = chance.random() < 0.3
+        approval = chance.random() < 0.4
         wishes = self._wishes() | ({"approval": True, "runs": 1} if approval else {})
         if approval:
             wishes["faults"] = {name: on for name, on in wishes["faults"].items() if name == "duplicate"}
@@ -212,18 +215,32 @@ class Cast:
                 return  # the call came to nothing before it had asked
             # While a fault lasts it may still be on its way.
             given_up = self._stopped.is_set() and await self.scene.was_given_up(intent.execution_id)
-            in_vain = in_vain + 1 if given_up and not self._is_called(intent) else 0
+            in_vain = in_vain + 1 if given_up and not self._calls_of(intent) else 0
             if in_vain > _IN_VAIN:
                 return  # nobody knows whether it was placed, and it was not
         else:
+            return
+        intent.asked = True
+        if self.scene.chance.random() < _THINKS_BETTER_OF_IT:
+            await self._stop_what_waits(intent)
             return
         intent.verdict = verdict
         async for _ in self._asking(self.website, "a decision", f"{path}/{verdict}", {}, headers, again=True):
             intent.decision = verdict
             return
 
-    def _is_called(self, intent: Intent) -> bool:
-        return any(run.payload.get("intent") == intent.id for run in self.scene.simulator.runs.values())
+    async def _stop_what_waits(self, intent: Intent) -> None:
+        """Until it is heard: a call that waits does not end by itself."""
+        run = next(run for run in self._calls_of(intent) if run.token is not None)
+        deadline = time.monotonic() + _RETRIES_FOR
+        while not await self._stop(run.id):
+            if time.monotonic() > deadline:
+                self.book.complain(f"to cancel run {run.id} was not heard for {_RETRIES_FOR} s")
+                return
+            await asyncio.sleep(self.scene.chance.uniform(0.3, 1.0))
+
+    def _calls_of(self, intent: Intent) -> list[Run]:
+        return [run for run in self.scene.simulator.runs.values() if run.payload.get("intent") == intent.id]
 
     async def _asking(
         self, http: httpx.AsyncClient, what: str, path: str, body: Any, headers: dict[str, str], *, again: bool
@@ -349,14 +366,15 @@ class Cast:
         if known := self.book.named:
             await self._stop(self.scene.chance.choice(known))
 
-    async def _stop(self, run_id: str) -> None:
+    async def _stop(self, run_id: str) -> bool:
+        """Whether that is heard, or the run is over."""
         book, simulator = self.book, self.scene.simulator
         final, path = book.finals.get(run_id), f"/api/happyrobot/runs/{run_id}/cancel"
-        asked, faults, heard = time.monotonic(), simulator.runs[run_id].faults, self.scene.stopped[run_id]
+        asked, faults, heard = time.monotonic(), simulator.runs[run_id].faults, self.scene.stopped.count(run_id)
         book.unwanted.add(run_id)
         answer = await self._once(self.app, "a cancellation", "POST", path, {}, json={})
         if answer is None:
-            return
+            return False
         unlucky = faults.api_answer or faults.api_missing or book.outages.excuse(_CONFIRMS, asked)
         if answer.status_code == 502 and not unlucky:
             book.complain(f"to cancel run {run_id} was answered {answer.text}, and nothing explains it")
@@ -364,9 +382,10 @@ class Cast:
             book.tell_status(run_id, answer.json()["status"].upper(), final, "cancellation")
         if answer.status_code in (200, 202):
             book.canceled.add(run_id)
-            unheard = self.scene.stopped[run_id] == heard
-            if unheard and not book.outages.explain(_CONFIRMS, asked - _REMEMBERED_FOR):
+            unheard = self.scene.stopped.count(run_id) == heard
+            if unheard and not book.outages.excuse(_ASK, asked - _REMEMBERED_FOR):
                 book.complain(f"to cancel run {run_id} was acknowledged, and HappyRobot was not asked to")
+        return answer.status_code in (200, 202, 409)
 
 
 @dataclass(frozen=True)

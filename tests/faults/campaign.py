@@ -56,6 +56,7 @@ class Tally:
 _ANSWERED = {
     **dict.fromkeys(("a trigger", "a decision", "a status", "a run", "a list", "a timeline", "a callback"), 200),
     "an execution": 202,
+    "a cancellation": 200,
 }
 """Requests of which each campaign must have seen one that was answered so."""
 

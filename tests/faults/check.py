@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import asyncpg
@@ -44,6 +45,14 @@ class _Facts:
     stories: dict[str, Run]
     stopped: set[str]
     """Runs that HappyRobot had been asked to stop before PostgreSQL was looked at."""
+
+    @cached_property
+    def runs_of(self) -> Mapping[str, list[asyncpg.Record]]:
+        """By execution."""
+        runs: defaultdict[str, list[asyncpg.Record]] = defaultdict(list)
+        for run in self.runs.values():
+            runs[str(run["execution_id"])].append(run)
+        return runs
 
 
 async def examine(cast: Cast) -> Findings:
@@ -193,7 +202,10 @@ def _answers(book: Book, facts: _Facts, found: Findings) -> None:
 
 
 def _cancellations(book: Book, facts: _Facts, found: Findings) -> None:
-    """Each that was acknowledged is in the timeline of its run, once; HappyRobot is asked to stop nothing else."""
+    """Each that was acknowledged is in the timeline of its run, once.
+
+    HappyRobot is asked to stop nothing else, but for what was rejected.
+    """
     wished = Counter(row["run_id"] for row in facts.events if row["event_type"] == "cancel_requested")
     found.wrong += [
         f"to cancel run {run_id} was acknowledged, and is there {wished[run_id]} times"
@@ -283,11 +295,8 @@ def _ends(facts: _Facts, found: Findings) -> None:
             found.wrong.append(f"run {story.id} is {status}, and HappyRobot says {story.status}")
         elif status not in FINAL and not (run is None and _is_nobody_s(story, facts)):
             found.open.append(f"run {story.id} is {status}, and HappyRobot says {story.status}")
-    by_execution: defaultdict[str, list[str]] = defaultdict(list)
-    for run in facts.runs.values():
-        by_execution[str(run["execution_id"])].append(run["status"])
     for execution_id, execution in facts.executions.items():
-        statuses, status = by_execution[execution_id], execution["status"]
+        statuses, status = [run["status"] for run in facts.runs_of[execution_id]], execution["status"]
         if status in ("pending", "running", "pending_approval") or (status == "submission_unknown" and statuses):
             found.open.append(f"execution {execution_id} is {status}")
         elif statuses and execution["approval_status"] != "rejected" and status != _together(statuses):
@@ -383,7 +392,7 @@ class _Mail:
         told = {about: notices for about, notices in earlier.items() if about[0] in mine}
         refused = book.outages.explain({"customers"}, book.began, book.ended + _TOLD_BY)
         listens = customer.mood != "badly" and not refused
-        asked = {str(intent.execution_id) for intent in book.intents if intent.verdict}
+        asked = {str(intent.execution_id) for intent in book.intents if intent.asked}
         return cls(customer.name, told, customer.told, kept, ends, listens, asked)
 
 
@@ -397,7 +406,7 @@ def _webhooks(mail: _Mail, facts: _Facts, found: Findings) -> None:
             found.wrong.append(f"{what} under {len(notices)} ids")
         if any(len(notice.texts) != 1 for notice in notices.values()):
             found.wrong.append(f"{what} in several ways")
-        runs = [run for run in facts.runs.values() if str(run["execution_id"]) == execution_id]
+        runs = facts.runs_of[execution_id]
         if event == "execution.completed" and len(runs) == 1:
             outputs = [from_json(text)["data"]["output"] for notice in notices.values() for text in notice.texts]
             # It may have come too late to be told.
@@ -413,7 +422,7 @@ def _is_told(mail: _Mail, execution: asyncpg.Record, facts: _Facts, found: Findi
     execution_id, wanted = str(execution["id"]), set()
     if execution["status"] in _TOLD_AT_THE_END:
         wanted.add(_TOLD_AT_THE_END[execution["status"]])
-    if any(str(run["execution_id"]) == execution_id for run in facts.runs.values()):
+    if facts.runs_of[execution_id]:
         wanted.add("execution.started")
     if execution["approval_status"] is not None or execution_id in mail.asked:
         wanted.add("execution.pending_approval")
@@ -430,6 +439,9 @@ def _is_told(mail: _Mail, execution: asyncpg.Record, facts: _Facts, found: Findi
         ]
     if (execution_id, "execution.started") in mail.told and "execution.started" not in wanted:
         found.wrong.append(f"{mail.name} was told that execution {execution_id} has started, and it has no run")
+    waited = any(story.token for story in facts.stories.values() if story.payload["execution_id"] == execution_id)
+    if (execution_id, "execution.pending_approval") in mail.told and not waited:
+        found.wrong.append(f"{mail.name} was told that execution {execution_id} waits, and nobody was asked anything")
 
 
 _ATTEMPTS = 4

@@ -94,6 +94,8 @@ class Intent:
     """Whether it was answered 200, or 202 by the Public API."""
     failed: bool = False
     """Whether it was answered that nobody was called."""
+    asked: bool = False
+    """Whether somebody was shown what it asks to have approved."""
     verdict: str | None = None
     """What somebody wants to decide about it."""
     decision: str | None = None
@@ -147,7 +149,7 @@ class Book:
     finals: dict[str, str] = field(default_factory=dict)
     """How runs ended, as somebody was told first."""
     unwanted: set[str] = field(default_factory=set)
-    """Runs that somebody wants to be stopped."""
+    """Runs that somebody wants to be stopped, whatever the answer was; noted before PostgreSQL can know of it."""
     canceled: set[str] = field(default_factory=set)
     """Those of which that was acknowledged."""
     complaints: list[str] = field(default_factory=list)

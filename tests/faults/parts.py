@@ -274,10 +274,6 @@ def switchboard(name: str, folder: Path, environment: Mapping[str, str], *argume
     return Part(name, lambda: command, is_ready, log, environment=environment, folder=folder)
 
 
-_MINE = "switchboard-faults-"
-"""What such a disk is called, before the process that it belongs to."""
-
-
 class FullDisk:
     """A folder that is a disk of its own and can be filled, where this user may mount one."""
 
@@ -286,14 +282,13 @@ class FullDisk:
         self._filler = folder / "filler"
         self.mounted = False
         if os.geteuid() == 0 and shutil.which("mount"):
-            self._unmount_what_was_left()
             tried = [
                 "mount",
                 "-t",
                 "tmpfs",
                 "-o",
                 f"size={megabytes}m,mode=0755",
-                f"{_MINE}{os.getpid()}",
+                f"faults-{folder.parent.name}",
                 str(folder),
             ]
             self.mounted = subprocess.run(tried, capture_output=True, check=False).returncode == 0
@@ -313,15 +308,4 @@ class FullDisk:
 
     def unmount(self) -> None:
         if self.mounted:
-            _unmount(str(self.folder))
-
-    def _unmount_what_was_left(self) -> None:
-        """By those who were killed; nobody else would give back the memory that it takes."""
-        for disk in psutil.disk_partitions(all=True):
-            owner = disk.device.removeprefix(_MINE)
-            if owner != disk.device and not psutil.pid_exists(int(owner)):
-                _unmount(disk.mountpoint)
-
-
-def _unmount(folder: str) -> None:
-    subprocess.run(["umount", "--lazy", folder], check=False)
+            subprocess.run(["umount", "--lazy", str(self.folder)], check=False)

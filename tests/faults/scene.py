@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import random
-from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from switchboard.happyrobot.simulator import Simulator
 from switchboard.migrate import migrate
 from tests.conftest import API_KEY, APP_SECRET, HOOK_KEY, serving
 from tests.faults.customers import Customer, customer_of
+from tests.faults.guard import guarded
 from tests.faults.parts import FullDisk, Part, postgres, switchboard, valkey
 from tests.faults.process import CLOCK, HASTE, VARIANT
 from tests.wires import Wire, wired
@@ -105,10 +105,9 @@ class Scene:
         return [part for part in self.processes.values() if part.name in WORKERS]
 
     @property
-    def stopped(self) -> Counter[str]:
-        """How often HappyRobot was asked to stop which run."""
-        requests = self.simulator.requests
-        return Counter(it.run_id for it in requests if it.run_id is not None and it.path.endswith("/cancel"))
+    def stopped(self) -> list[str]:
+        """The runs that HappyRobot was asked to stop, as often as it was."""
+        return [it.run_id for it in self.simulator.requests if it.run_id is not None and it.method == "POST"]
 
     def set_clock(self, ahead: float) -> None:
         fresh = self.clock.with_suffix(".new")
@@ -191,6 +190,7 @@ async def staged(
     async with contextlib.AsyncExitStack() as stack:
         small = folder / "disk"
         small.mkdir()
+        stack.enter_context(guarded(folder))
         disk = FullDisk(small, 500)
         stack.callback(disk.unmount)
         its_postgres, postgres_path = await asyncio.to_thread(postgres, small, durable=durable)

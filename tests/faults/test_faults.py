@@ -4,14 +4,19 @@ import asyncio
 import fcntl
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.faults.campaign import Broken, Campaign
 from tests.faults.harm import Fault, named
+from tests.faults.parts import FullDisk
 from tests.faults.scene import Scene, staged
 from tests.faults.variants import VARIANTS
 
@@ -48,7 +53,9 @@ CAUGHT: dict[str, tuple[Plan, str]] = {
     "signs wrongly": ([(0.5, "Valkey is flushed", 0.1)], "is not right"),
     "turns decisions": ([(2.0, "Valkey is flushed", 0.1)], "HappyRobot was told"),
     "forgets what is held": ([(2.0, "Valkey is flushed", 0.1)], "was held, and is not there"),
-    "stops nobody": ([(2.0, "Valkey is flushed", 0.1)], "HappyRobot was not asked to"),
+    "stops nobody": ([(2.0, "Valkey is flushed", 0.1)], "goes on"),
+    "stops others": ([(2.0, "Valkey is flushed", 0.1)], "and nobody wants that"),
+    "tells of calls that were not placed": ([(2.0, "Valkey is flushed", 0.1)], "has started, and it has no run"),
     "ends without PostgreSQL": ([(0.5, "the way to PostgreSQL is cut", 1.5)], "ended by itself"),
     "works no more": ([(0.5, "the way to PostgreSQL is cut", 1.5)], "not back within"),
     "forgets who is behind": ([(4.0, "Valkey is flushed", 0.1)], "misses"),
@@ -93,6 +100,31 @@ async def test_nothing_is_lost_whatever_fails(scene: Scene):
     assert tally.faults.total() == sum(len(drawn_up(scene, plan)) for plan in SHORT)
     assert tally.calls
     assert tally.callbacks
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_whoever_is_killed_leaves_nothing_running(tmp_path: Path, *, killed: bool):
+    program = "import sys; from pathlib import Path; from tests.faults.guard import guarded\n"
+    program += "with guarded(Path(sys.argv[1])): print(flush=True); input()"
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    disk = FullDisk(inside, 1)
+    with (
+        subprocess.Popen(["sleep", "600"], cwd=inside) as server,
+        subprocess.Popen([sys.executable, "-c", program, tmp_path], stdin=PIPE, stdout=PIPE) as suite,
+    ):
+        assert suite.stdout is not None
+        assert suite.stdout.readline()
+        guard = psutil.Process(suite.pid).children()[0]
+        if killed:
+            suite.kill()
+        else:
+            suite.communicate(b"\n")
+        guard.wait(30)
+        assert (server.poll() is None) is not killed
+        assert inside.is_mount() is (disk.mounted and not killed)
+        server.kill()
+    disk.unmount()
 
 
 @pytest.mark.large

@@ -1,6 +1,7 @@
 """Ways to break Switchboard that nobody would notice on a good day; a campaign has to notice each of them."""
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from switchboard import metrics, worker
 from switchboard.access import webhooks
 from switchboard.deliveries import signing
-from switchboard.deliveries.outbox import Report
+from switchboard.deliveries.outbox import Report, post
 from switchboard.errors import PostgresAway
 from switchboard.events import Event, NewEvent
 from switchboard.executions import ends_of
@@ -31,7 +32,7 @@ from switchboard.runs.intake import Intake
 from switchboard.runs.sorting import Recorded
 from switchboard.runs.status import Standing
 from switchboard.settings import Settings
-from switchboard.tables import RunStatus
+from switchboard.tables import RunStatus, WebhookEvent
 from switchboard.watch import Watch
 
 
@@ -214,6 +215,31 @@ def _stops_nobody() -> None:
     client.HappyRobot.cancel = cancel  # type: ignore[method-assign,assignment]
 
 
+def _stops_others() -> None:
+    """Whoever only asks how a call stands stops it."""
+    genuine = client.HappyRobot._run
+
+    async def run(self: client.HappyRobot, call: str, run_id: str, effort: client.Effort, root: str) -> Any:
+        with contextlib.suppress(client.NoAnswer, client.Refused):
+            await self.cancel(run_id, client.READ)
+        return await genuine(self, call, run_id, effort, root)
+
+    client.HappyRobot._run = run  # type: ignore[method-assign]
+
+
+def _tells_of_calls_that_were_not_placed() -> None:
+    """Customers are told that executions have begun that have failed before."""
+
+    def untrue(genuine: Callable[..., Any]) -> Any:
+        async def failed(conn: AsyncConnection, ended: Sequence[Any]) -> list[Any]:
+            begun = await post(conn, [Report(each, WebhookEvent.STARTED) for each in ended])
+            return [*begun, *await genuine(conn, ended)]
+
+        return failed
+
+    _put("runs.settling", "failed", untrue)
+
+
 def _ends_without_postgresql() -> None:
     """A process ends where PostgreSQL is away; somebody will start it again."""
     Watch._has_gone = lambda *_: os._exit(3)  # type: ignore[method-assign]
@@ -297,6 +323,8 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "turns decisions": _turns_decisions,
     "forgets what is held": _forgets_what_is_held,
     "stops nobody": _stops_nobody,
+    "stops others": _stops_others,
+    "tells of calls that were not placed": _tells_of_calls_that_were_not_placed,
     "ends without PostgreSQL": _ends_without_postgresql,
     "works no more": _works_no_more,
     "forgets who is behind": _forgets_who_is_behind,
