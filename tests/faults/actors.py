@@ -49,6 +49,9 @@ _ANSWERS_BADLY = {"hang", "disconnect", "answer"}
 _CONFIRMS = {"one", "other", "HappyRobot", "PostgreSQL"}
 """Who else has to do with whether a call is confirmed."""
 
+_CATCHES_UP = 5.0
+"""Seconds after a fault in which all comes that has waited: HappyRobot may call back first, and confirm too late."""
+
 _LARGE, _LARGE_AFTER = 200_000, 12
 """Bytes of a callback in so many: a browser that does not read is soon behind."""
 
@@ -177,7 +180,7 @@ class Cast:
                 return
             if answer.status_code == 502:
                 intent.failed = said["status"] == "failed"
-                if not (intent.unlucky or self.book.outages.excuse(_CONFIRMS, intent.began)):
+                if not (intent.unlucky or self.book.outages.excuse(_CONFIRMS, intent.began - _CATCHES_UP)):
                     self.book.complain(f"intent {intent.id} was answered {answer.text}, and nothing explains it")
                 return
 
