@@ -369,6 +369,13 @@ async def _pid(line: Line) -> int:
     return int((await line.fetch("SELECT pg_backend_pid()"))[0][0])
 
 
+async def _is_active(db: AsyncEngine, pid: int) -> bool:
+    """Whether a backend executes something; in a transaction of its own, within which that would never change."""
+    active = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid AND state = 'active'")
+    async with db.connect() as conn:
+        return bool(await conn.scalar(active, {"pid": pid}))
+
+
 @pytest.mark.parametrize("way", ["fetch", "begin"])
 @pytest.mark.parametrize("noticed", [True, False])
 async def test_one_that_was_cut_is_replaced_before_anybody_notices(
@@ -405,9 +412,8 @@ async def test_one_that_does_not_answer_is_given_to_nobody(database_url: str, mo
 async def test_one_that_is_cut_in_the_middle_says_that_postgresql_is_away(db: AsyncEngine, line: Line):
     pid = await _pid(line)
     waiting = asyncio.create_task(line.fetch("SELECT pg_sleep(30)"))
-    active = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid AND state = 'active'")
+    await until(lambda: _is_active(db, pid))
     async with db.connect() as conn:
-        await until(lambda: conn.scalar(active, {"pid": pid}))
         await conn.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
     with pytest.raises(PostgresAway):
         await waiting
@@ -448,9 +454,7 @@ async def test_one_that_would_succeed_later_says_so(db: AsyncEngine, line: Line,
 async def test_whoever_gives_up_leaves_a_good_connection_behind(db: AsyncEngine, line: Line):
     pid = await _pid(line)
     waiting = asyncio.create_task(line.fetch("SELECT pg_sleep(30)"))
-    active = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid AND state = 'active'")
-    async with db.connect() as conn:
-        await until(lambda: conn.scalar(active, {"pid": pid}))
+    await until(lambda: _is_active(db, pid))
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     async with asyncio.timeout(5):
