@@ -211,10 +211,11 @@ async def test_streams_are_counted_wherever_their_pieces_end(program: Path) -> N
 
 
 async def test_a_stream_that_is_refused_is_no_measurement(program: Path) -> None:
-    async with serving(lambda _: Stub(TAKEN, TAKEN, refused(503))) as (address, server):
+    stub = Stub(TAKEN, TAKEN, refused(503))
+    async with serving(lambda _: stub) as (address, _):
         with pytest.raises(load.LoadFailed, match="not answered 200"):
             await asyncio.to_thread(streamed, program, address, 3, 1)
-        server.force_exit = True
+        stub.leave.set()
 
 
 async def test_callbacks_by_the_clock_are_sent_once_each_and_refusals_counted() -> None:
