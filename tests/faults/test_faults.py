@@ -1,6 +1,7 @@
 """The short form of the campaigns, and what they are worth: each way to break the service has to be noticed."""
 
 import asyncio
+import contextlib
 import fcntl
 import random
 import signal
@@ -108,11 +109,15 @@ def test_whoever_is_killed_leaves_nothing_running(tmp_path: Path, *, killed: boo
     program += "with guarded(Path(sys.argv[1])): print(flush=True); input()"
     inside = tmp_path / "inside"
     inside.mkdir()
-    disk = FullDisk(inside, 1)
-    with (
-        subprocess.Popen(["sleep", "600"], cwd=inside) as server,
-        subprocess.Popen([sys.executable, "-c", program, tmp_path], stdin=PIPE, stdout=PIPE) as suite,
-    ):
+    with contextlib.ExitStack() as stack:
+        disk = FullDisk(inside, 1)
+        stack.callback(disk.unmount)
+        server = stack.enter_context(subprocess.Popen(["sleep", "600"], cwd=inside))
+        stack.callback(server.kill)
+        suite = stack.enter_context(
+            subprocess.Popen([sys.executable, "-c", program, tmp_path], stdin=PIPE, stdout=PIPE)
+        )
+        stack.callback(suite.kill)
         assert suite.stdout is not None
         assert suite.stdout.readline()
         guard = psutil.Process(suite.pid).children()[0]
@@ -123,8 +128,6 @@ def test_whoever_is_killed_leaves_nothing_running(tmp_path: Path, *, killed: boo
         guard.wait(30)
         assert (server.poll() is None) is not killed
         assert inside.is_mount() is (disk.mounted and not killed)
-        server.kill()
-    disk.unmount()
 
 
 @pytest.mark.large
