@@ -235,12 +235,9 @@ class Cast:
     async def _stop_what_waits(self, intent: Intent) -> None:
         """Until it is heard: a call that waits does not end by itself."""
         run = next(run for run in self._calls_of(intent) if run.token is not None)
-        deadline = time.monotonic() + _RETRIES_FOR
-        while not await self._stop(run.id):
-            if time.monotonic() > deadline:
-                self.book.complain(f"to cancel run {run.id} was not heard for {_RETRIES_FOR} s")
+        async for _ in self._attempts(f"to cancel run {run.id}"):
+            if await self._stop(run.id):
                 return
-            await asyncio.sleep(self.scene.chance.uniform(0.3, 1.0))
 
     def _calls_of(self, intent: Intent) -> list[Run]:
         return [run for run in self.scene.simulator.runs.values() if run.payload.get("intent") == intent.id]
@@ -249,16 +246,20 @@ class Cast:
         self, http: httpx.AsyncClient, what: str, path: str, body: Any, headers: dict[str, str], *, again: bool
     ) -> AsyncIterator[httpx.Response]:
         """The answers to one request that is sent until somebody has heard enough; once, unless it may be repeated."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + _RETRIES_FOR
-        while loop.time() < deadline:
+        async for _ in self._attempts(f"{what}, {path} with {body},"):
             answer = await self._once(http, what, "GET" if body is None else "POST", path, headers, json=body)
             if answer is not None and answer.status_code != 503:
                 yield answer
             if not again:
                 return
+
+    async def _attempts(self, what: str) -> AsyncIterator[None]:
+        """The moments at which a client asks again, until it has heard enough; that it never does is a finding."""
+        deadline = time.monotonic() + _RETRIES_FOR
+        while time.monotonic() < deadline:
+            yield
             await asyncio.sleep(self.scene.chance.uniform(0.3, 1.0))
-        self.book.complain(f"{what} had no answer for {_RETRIES_FOR} s: {path}, {body}")
+        self.book.complain(f"{what} was not heard for {_RETRIES_FOR} s")
 
     async def _once(
         self, http: httpx.AsyncClient, what: str, method: str, path: str, headers: dict[str, str], **more: Any
