@@ -1,6 +1,7 @@
 """PostgreSQL is watched: what waits for one that is away is told soon, and what was is there again by itself."""
 
 import asyncio
+import gc
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -300,6 +301,24 @@ async def test_a_postgresql_that_refuses_is_there_and_says_so_to_everybody(serve
         assert not watching.away
         with pytest.raises(PostgresAway, match="InvalidCatalogNameError"):
             await database.open_connection(url, watch=watching)
+
+
+async def test_what_postgresql_says_in_the_moment_in_which_the_watch_ends_is_nobody_s_failure(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    async def refuses(*_: Any, **__: Any) -> None:
+        watching.cancel()
+        raise asyncpg.TooManyConnectionsError
+
+    async def watch_for_ever() -> None:
+        async with Watch("").running():
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncpg, "connect", refuses)
+    watching = asyncio.create_task(watch_for_ever())
+    await asyncio.wait({watching})
+    assert watching.cancelled()
+    gc.collect()  # an error that nobody has looked at is complained of by now, and this test fails
 
 
 async def test_connections_that_the_network_has_forgotten_are_replaced(

@@ -107,7 +107,8 @@ class Watch:
             if not asking.done():
                 # In this order: asyncpg would have a statement that is given up canceled, over another connection.
                 self._hang_up()
-                await end(asking)
+            # Also where it is done by now: what came of it is not asked for any more, and is nobody's failure.
+            await end(asking)
 
     def _judge(self, error: BaseException | None) -> None:
         if error is None:
