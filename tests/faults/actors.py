@@ -56,7 +56,10 @@ _LARGE, _LARGE_AFTER = 200_000, 12
 """Bytes of a callback in so many: a browser that does not read is soon behind."""
 
 _THINKS_BETTER_OF_IT = 0.25
-"""How often somebody wants a call to be stopped that was just placed, or that waits for them to decide."""
+"""How often somebody wants a call to be stopped that was just placed, or that waits for them to decide.
+
+Of those that were just placed it is each one, until the first of a round is heard.
+"""
 _ASK = {"one", "other", "HappyRobot"}
 """What is between a cancellation that is acknowledged and HappyRobot."""
 _REMEMBERED_FOR = 10.0
@@ -175,7 +178,7 @@ class Cast:
             if answer.status_code == 200:
                 intent.run_ids = said["run_ids"]
                 intent.accepted = True
-                if self.scene.chance.random() < _THINKS_BETTER_OF_IT:
+                if not self.book.canceled or self.scene.chance.random() < _THINKS_BETTER_OF_IT:
                     await self._stop(self.scene.chance.choice(intent.run_ids))
                 return
             if answer.status_code == 502:
@@ -186,9 +189,10 @@ class Cast:
 
     async def execute_an_agent(self) -> None:
         chance = self.scene.chance
+        first = not any(intent.customer for intent in self.book.intents)
         intent = self._intent(keyed=True, customer=chance.choice(self.scene.customers))
         assert intent.customer is not None
-        approval = chance.random() < 0.4
+        approval = first or chance.random() < 0.4  # somebody has to decide in every round
         wishes = self._wishes() | ({"approval": True, "runs": 1} if approval else {})
         if approval:
             wishes["faults"] = {name: on for name, on in wishes["faults"].items() if name == "duplicate"}

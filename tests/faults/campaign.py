@@ -80,18 +80,21 @@ class Campaign:
         goes_on_after: float = 12,
         closes_within: float = 400,
         alone: bool = True,
+        load: float = 1.0,
     ) -> None:
         """All in seconds; `alone` where nothing else runs on this machine that could be why something is slow.
 
         `back_within` so many after the faults' end everything has to serve again. `goes_on_after` so many the next
         round begins, and what is open is looked at again; `closes_within` so many it must have come out right: somebody
-        who was killed counts as gone after two minutes, and later where nobody can be asked just then.
+        who was killed counts as gone after two minutes, and later where nobody can be asked just then. `load` is how
+        much is asked for in a second, as a share of the usual.
         """
         self.scene = scene
         self.tally = Tally()
         self._say = say
         self._back_within, self._goes_on_after, self._closes_within = back_within, goes_on_after, closes_within
         self._outages = Outages(alone=alone)
+        self._load = load
         self._open: list[Cast] = []
         self._closed: list[Cast] = []
 
@@ -118,12 +121,15 @@ class Campaign:
             Browser(cast, {"context_id": context_id}, None if manner == "leaves" else newest, manner).start()
         for manner in ("leaves", "stalls"):
             Browser(cast, {}, newest, manner).start()
-        cast.repeat(cast.place_a_call, 3)
-        cast.repeat(cast.execute_an_agent, 1.5)
-        cast.repeat(cast.call_back, 12)
-        cast.repeat(cast.look, 5)
-        cast.repeat(cast.follow_a_run, 0.5)
-        cast.repeat(cast.cancel, 0.2)
+        for deed, a_second in (
+            (cast.place_a_call, 3),
+            (cast.execute_an_agent, 1.5),
+            (cast.call_back, 12),
+            (cast.look, 5),
+            (cast.follow_a_run, 0.5),
+            (cast.cancel, 0.2),
+        ):
+            cast.repeat(deed, self._load * a_second)
         async with asyncio.TaskGroup() as group:
             for each in plan:
                 group.create_task(self._harm(book, *each))
