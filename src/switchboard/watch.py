@@ -107,7 +107,7 @@ class Watch:
             if not asking.done():
                 # In this order: asyncpg would have a statement that is given up canceled, over another connection.
                 self._hang_up()
-            # Also where it is done by now: what came of it is not asked for any more, and is nobody's failure.
+            # Also where it is done: if this is canceled in that moment, nobody else asks what has come of it.
             await end(asking)
 
     def _judge(self, error: BaseException | None) -> None:

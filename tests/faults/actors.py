@@ -9,9 +9,9 @@ import contextlib
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain, cycle, repeat
 from socket import SO_RCVBUF, SOL_SOCKET
 from typing import Any
 
@@ -58,7 +58,7 @@ _LARGE, _LARGE_AFTER = 200_000, 12
 _THINKS_BETTER_OF_IT = 0.25
 """How often somebody wants a call to be stopped that was just placed, or that waits for them to decide.
 
-Of those that were just placed it is each one, until the first of a round is heard.
+Until a cancellation of the round is acknowledged, they want it of each that was just placed.
 """
 _ASK = {"one", "other", "HappyRobot"}
 """What is between a cancellation that is acknowledged and HappyRobot."""
@@ -89,6 +89,8 @@ class Cast:
     browsers: list["Browser"] = field(default_factory=list)
     waits_for: list[str] = field(default_factory=list)
     """What was not there yet when it was last looked at."""
+    _views: Iterator[int] = field(default_factory=lambda: cycle(range(4)))
+    """What is looked at next."""
     _stopped: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -192,7 +194,7 @@ class Cast:
         first = not any(intent.customer for intent in self.book.intents)
         intent = self._intent(keyed=True, customer=chance.choice(self.scene.customers))
         assert intent.customer is not None
-        approval = first or chance.random() < 0.4  # somebody has to decide in every round
+        approval = first or chance.random() < 0.4  # in every round somebody is asked
         wishes = self._wishes() | ({"approval": True, "runs": 1} if approval else {})
         if approval:
             wishes["faults"] = {name: on for name, on in wishes["faults"].items() if name == "duplicate"}
@@ -250,7 +252,7 @@ class Cast:
         self, http: httpx.AsyncClient, what: str, path: str, body: Any, headers: dict[str, str], *, again: bool
     ) -> AsyncIterator[httpx.Response]:
         """The answers to one request that is sent until somebody has heard enough; once, unless it may be repeated."""
-        async for _ in self._attempts(f"{what}, {path} with {body},"):
+        async for _ in self._attempts(f"{what}, {path}" if body is None else f"{what}, {path} with {body},"):
             answer = await self._once(http, what, "GET" if body is None else "POST", path, headers, json=body)
             if answer is not None and answer.status_code != 503:
                 yield answer
@@ -263,7 +265,7 @@ class Cast:
         while time.monotonic() < deadline:
             yield
             await asyncio.sleep(self.scene.chance.uniform(0.3, 1.0))
-        self.book.complain(f"{what} was not heard for {_RETRIES_FOR} s")
+        self.book.complain(f"{what} came to nothing for {_RETRIES_FOR} s")
 
     async def _once(
         self, http: httpx.AsyncClient, what: str, method: str, path: str, headers: dict[str, str], **more: Any
@@ -341,7 +343,7 @@ class Cast:
         if not (known := book.named):
             return
         run_id = chance.choice(known)
-        match chance.randrange(4):
+        match next(self._views):
             case 0:
                 final = book.finals.get(run_id)
                 answer = await self._get("a status", f"/api/happyrobot/status?run_id={run_id}")
