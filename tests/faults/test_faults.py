@@ -56,7 +56,10 @@ CAUGHT: dict[str, tuple[Plan, str]] = {
     "forgets what is held": ([(2.0, "Valkey is flushed", 0.1)], "was held, and is not there"),
     "stops nobody": ([(2.0, "Valkey is flushed", 0.1)], "goes on"),
     "stops others": ([(2.0, "Valkey is flushed", 0.1)], "and nobody wants that"),
-    "tells of calls that were not placed": ([(2.0, "Valkey is flushed", 0.1)], "has started, and it has no run"),
+    "tells of calls that were not placed": (
+        [(0.5, "the way to HappyRobot is cut", 4.0)],
+        "has started, and it has no run",
+    ),
     "ends without PostgreSQL": ([(0.5, "the way to PostgreSQL is cut", 1.5)], "ended by itself"),
     "works no more": ([(0.5, "the way to PostgreSQL is cut", 1.5)], "not back within"),
     "forgets who is behind": ([(4.0, "Valkey is flushed", 0.1)], "misses"),
